@@ -1,0 +1,231 @@
+"""The recipe: every setting of a run, typed, with its unit and default. Importing this pulls no torch, ray or mujoco.
+
+A recipe is read once at the edge (`configs.loader`), and each component is handed only its own part.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+
+
+class Part(BaseModel):
+    """Base of every part: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskPart(Part):
+    """Which tasks, and which of each task's 50 official initial states serve which purpose."""
+
+    suite: Suite = Field(description="LIBERO suite")
+    task_ids: tuple[int, ...] = Field(description="task indices in the suite's official order", min_length=1)
+    demo_init_states: tuple[int, ...] = Field(description="initial states the scripted expert demonstrates")
+    train_init_states: tuple[int, ...] = Field(description="initial states of online rollouts")
+    held_out_init_states: tuple[int, ...] = Field(description="initial states of evaluation only")
+
+    @model_validator(mode="after")
+    def _splits_are_disjoint(self) -> TaskPart:
+        seen = set(self.demo_init_states) | set(self.train_init_states)
+        shared = sorted(seen & set(self.held_out_init_states))
+        if shared:
+            raise ValueError(f"held_out_init_states must not be trained on, but {shared} are in both")
+        for name in ("demo_init_states", "train_init_states", "held_out_init_states"):
+            bad = [i for i in getattr(self, name) if not 0 <= i < 50]
+            if bad:
+                raise ValueError(f"{name} must lie in 0..49, got {bad}")
+        return self
+
+
+class EnvironmentPart(Part):
+    """The simulator and what it draws."""
+
+    image_size: int = Field(64, description="rows and columns of both camera images, pixels", ge=16, le=1024)
+    geometry: Literal["visual", "collision"] = Field(
+        "visual",
+        description="which geometry is drawn: the visual meshes, or the (painted) collision shapes, which cost "
+        "about a quarter of the time in software rendering",
+    )
+    settle_steps: int = Field(10, description="no-op steps after a reset, before the policy acts", ge=0)
+    max_steps: int | None = Field(
+        None, description="step limit of an episode; none: the suite's published limit", ge=1
+    )
+    assets: str | None = Field(
+        None, description="folder with LIBERO's assets; none: cache, then Hub, then procedural stand-ins"
+    )
+    renderer: Literal["auto", "osmesa", "egl"] = Field("auto", description="MuJoCo's GL backend")
+
+
+class DemonstrationPart(Part):
+    """Scripted, perturbed demonstrations for the supervised start."""
+
+    per_task: int = Field(4, description="successful demonstrations per task", ge=1)
+    noise: float = Field(
+        0.3, description="standard deviation of the action perturbation that makes the expert recover", ge=0
+    )
+    seed: int = Field(0, ge=0, description="seed of the perturbations")
+
+
+class VisionPart(Part):
+    """One vision tower: a SigLIP encoder built from its configuration."""
+
+    width: int = Field(96, ge=16, description="hidden size")
+    layers: int = Field(3, ge=1, description="transformer layers")
+    heads: int = Field(4, ge=1, description="attention heads")
+    patch: int = Field(8, ge=2, description="patch side, pixels")
+    merge: int = Field(2, ge=1, description="side of the square of patches merged into one token")
+
+
+class DecoderPart(Part):
+    """The Llama decoder, built from its configuration."""
+
+    width: int = Field(96, ge=16, description="hidden size")
+    layers: int = Field(3, ge=1, description="transformer layers")
+    heads: int = Field(4, ge=1, description="attention heads")
+    mlp: int = Field(256, ge=16, description="feed-forward size")
+
+
+class PolicyPart(Part):
+    """The policy's architecture and how it samples."""
+
+    paradigm: Literal["autoregressive"] = Field("autoregressive", description="how action chunks are produced")
+    vision: VisionPart = Field(default=VisionPart(), description="vision tower")
+    decoder: DecoderPart = Field(default=DecoderPart(), description="language decoder")
+    bins: int = Field(256, ge=3, le=256, description="action bins per dimension (OpenVLA: 256)")
+    chunk: int = Field(8, ge=1, description="actions per decision")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature of rollouts; 0 is greedy")
+
+
+class SupervisedPart(Part):
+    """Supervised start: maximum likelihood on the demonstrations."""
+
+    steps: int = Field(2000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="decisions per step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
+    warmup_steps: int = Field(100, ge=0, description="linear warm-up steps")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    image_shift: int = Field(
+        3, ge=0, description="random image shift, pixels (augmentation in supervised training only)"
+    )
+    grad_clip: float = Field(1.0, gt=0, description="gradient norm limit")
+
+
+class AdapterPart(Part):
+    """The low-rank adapter that preference learning trains (peft); the reference policy is the adapter off."""
+
+    method: Literal["lora", "dora"] = Field("dora", description="LoRA, or DoRA (LoRA with learned magnitudes)")
+    rank: int = Field(32, ge=1, description="rank r")
+    alpha: float = Field(64, gt=0, description="scaling is alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="adapter dropout")
+
+
+class PreferencePart(Part):
+    """One learning round: DPO with its anchors. Weights of zero switch a term off."""
+
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO form")
+    beta: float = Field(0.02, gt=0, description="DPO inverse temperature, on summed token log-ratios")
+    reference: Literal["behaviour", "start"] = Field(
+        "behaviour",
+        description="reference policy: the one that produced each trajectory (its recorded log-probs), or the "
+        "supervised start (adapter off)",
+    )
+    preference_weight: float = Field(1.0, ge=0, description="weight of the DPO term")
+    anchor_weight: float = Field(0.2, ge=0, description="weight of -log pi on the chosen side of each pair")
+    success_weight: float = Field(0.2, ge=0, description="weight of -log pi on successful trajectories")
+    demo_weight: float = Field(0.1, ge=0, description="weight of -log pi on the demonstrations")
+    rejected_floor: float = Field(
+        2.0,
+        gt=0,
+        description="nats per token by which a rejected chunk's log-prob may fall below its reference; past it "
+        "the chunk gives no gradient",
+    )
+    lr: float = Field(2e-4, gt=0, description="AdamW learning rate of the adapter")
+    steps: int = Field(200, ge=1, description="optimizer steps per round")
+    pairs_per_step: int = Field(4, ge=1, description="pairs per optimizer step")
+    decisions_per_trajectory: int = Field(
+        12, ge=1, description="decisions drawn from each side of a pair at a step (unbiased, rescaled)"
+    )
+    batch_size: int = Field(32, ge=1, description="decisions per step for the success and demo terms")
+    pairs_per_state: int = Field(4, ge=1, description="at most this many pairs from one initial state and version")
+    max_staleness: int = Field(2, ge=0, description="versions a trajectory may lag behind and still pair")
+    grad_clip: float = Field(1.0, gt=0, description="gradient norm limit")
+
+
+class GuardPart(Part):
+    """What stops a destructive update: a tripwire in the learner, and a canary before the fleet."""
+
+    chosen_drop: float = Field(
+        0.5, gt=0, description="tripwire: nats per token that the chosen log-prob may fall below its reference"
+    )
+    canary_episodes: int = Field(
+        40, ge=0, description="episodes a new version drives before promotion, on cells the old one has driven"
+    )
+    canary_significance: float = Field(
+        0.05, gt=0, lt=0.5, description="roll back when one-sided exact McNemar says worse at this level"
+    )
+
+
+class RolloutPart(Part):
+    """The rollout fleet."""
+
+    rounds: int = Field(3, ge=0, description="rounds of collect, learn, trial")
+    init_states_per_round: int = Field(10, ge=1, description="initial states per task and round")
+    samples_per_state: int = Field(4, ge=2, description="episodes from each initial state (a group that can pair)")
+    actors: int = Field(2, ge=1, description="rollout actors (one process each)")
+    envs_per_actor: int = Field(4, ge=1, description="simulators per rollout actor, stepped while others wait")
+    cpus_per_actor: float = Field(0.5, gt=0, description="CPUs Ray reserves for each rollout actor")
+    episode_timeout_s: float = Field(
+        600, gt=0, description="an episode that takes longer is abandoned and its actor replaced"
+    )
+
+
+class ServingPart(Part):
+    """The policy actors."""
+
+    actors: int = Field(1, ge=1, description="policy actors")
+    max_batch: int = Field(16, ge=1, description="most requests answered in one forward pass")
+    max_wait_ms: float = Field(5.0, ge=0, description="longest a request waits for others")
+    threads: int = Field(1, ge=1, description="torch threads of each policy actor")
+    cpus_per_actor: float = Field(0.5, gt=0, description="CPUs Ray reserves for each policy actor")
+    gpus_per_actor: float = Field(0.0, ge=0, description="GPUs Ray reserves for each policy actor")
+
+
+class LearnerPart(Part):
+    """The learner and parameter-server actors."""
+
+    threads: int = Field(2, ge=1, description="torch threads of the learner")
+    cpus: float = Field(0.5, gt=0, description="CPUs Ray reserves for the learner")
+    gpus: float = Field(0.0, ge=0, description="GPUs Ray reserves for the learner")
+    parameter_shards: int = Field(2, ge=1, description="parameter-server actors; each merges and serves its share")
+
+
+class EvaluationPart(Part):
+    """The held-out evaluation: every (task, held-out state, sampling seed) cell, once before and once after."""
+
+    sampling_seeds: tuple[int, ...] = Field((0,), description="sampling seeds per held-out state", min_length=1)
+    temperature: float | None = Field(
+        None, ge=0, description="sampling temperature; none: the rollouts' own"
+    )
+    every_round: bool = Field(False, description="evaluate every promoted version, not only first and last")
+
+
+class Recipe(Part):
+    """A whole run."""
+
+    name: str = Field(description="run name; outputs go to runs/<name>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, description="training seed")
+    tasks: TaskPart
+    environment: EnvironmentPart = EnvironmentPart()
+    demonstrations: DemonstrationPart = DemonstrationPart()
+    policy: PolicyPart = PolicyPart()
+    supervised: SupervisedPart = SupervisedPart()
+    adapter: AdapterPart = AdapterPart()
+    preference: PreferencePart = PreferencePart()
+    guard: GuardPart = GuardPart()
+    rollouts: RolloutPart = RolloutPart()
+    serving: ServingPart = ServingPart()
+    learner: LearnerPart = LearnerPart()
+    evaluation: EvaluationPart = EvaluationPart()

@@ -1,0 +1,66 @@
+"""What a policy is: four verbs, whatever its paradigm. A new paradigm is one file that meets this Protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trajectories.records import ActionSample, Observation, WeightSnapshot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecisionBatch:
+    """B decisions as tensors, ready to score. Model-space chunks only; executed actions never come here.
+
+    Letters: B decisions, H W image rows and columns, T prompt tokens (right-padded), L elements of a chunk.
+    """
+
+    agentview_BHWC: torch.Tensor
+    """uint8."""
+    wrist_BHWC: torch.Tensor
+    """uint8."""
+    proprio_BP: torch.Tensor
+    """float32 [B, 8]."""
+    prompt_BT: torch.Tensor
+    """int64 token ids."""
+    prompt_mask_BT: torch.Tensor
+    """bool, true at real tokens."""
+    chunk_BL: torch.Tensor
+    """int64 token ids as sampled (for flow: float32 [B, K, A])."""
+
+    def __len__(self) -> int:
+        return self.agentview_BHWC.shape[0]
+
+
+class Policy(Protocol):
+    """Observation -> action chunk, and the chunk's log-probability."""
+
+    module: torch.nn.Module
+    """The network; adapters wrap it, snapshots fill it."""
+
+    def act(
+        self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
+    ) -> list[ActionSample]:
+        """Sample one chunk per observation. `seeds[i]` alone fixes the random draws of request i, whatever it is
+        batched with. Temperature 0 is greedy."""
+        ...
+
+    def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
+        """Stack observations and model-space chunks on the policy's device."""
+        ...
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Environment-space actions float [K, 7] -> model-space chunk (for demonstrations)."""
+        ...
+
+    def score(self, batch: DecisionBatch) -> torch.Tensor:
+        """Per-element log-probabilities at temperature 1, float32 [B, L], differentiable. Exact for tokens."""
+        ...
+
+    def load(self, snapshot: WeightSnapshot) -> None:
+        """Copy merged weights in. Raises ValueError naming the first missing, extra or mis-shaped tensor."""
+        ...
