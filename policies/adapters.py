@@ -1,0 +1,123 @@
+"""Attach a peft adapter to a policy's decoder, switch it off, read its factors and write them back.
+
+LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353. peft owns the trained parameters and their forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as AdaptedLinear
+
+from configs.schema import AdapterPart
+from trajectories.records import AdapterWeights
+
+_NAME = "default"
+_LINEARS = r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+
+
+def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: str = "decoder") -> None:
+    """Add a trainable adapter, in place, to every attention and MLP linear of `module.<decoder>`.
+
+    Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.
+    `seed` fixes A. The adapted layers keep their names; their weight moves to `<layer>.base_layer.weight`, so
+    read the base tensors first. Raises ValueError when no linear of a Llama decoder is found.
+    """
+    config = LoraConfig(
+        r=part.rank,
+        lora_alpha=part.alpha,  # type: ignore[arg-type]  # peft only divides by it
+        lora_dropout=part.dropout,
+        use_dora=part.method == "dora",
+        bias="none",
+        target_modules=rf"{decoder}\.{_LINEARS}",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, module, adapter_name=_NAME)
+    if not list(adapted_layers(module)):
+        raise ValueError(f"no attention or MLP linear found under {decoder}.layers; nothing to adapt")
+    trainable = {id(p) for p in parameters(module)}
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+
+
+def adapted_layers(module: torch.nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Name and layer of every adapted linear, in the order of the network."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            yield name, layer
+
+
+def parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The adapter's own parameters, in the order of the network: A, B and (DoRA) m of each layer."""
+    return [parameter for _, layer in adapted_layers(module) for parameter in _factors(layer).values()]
+
+
+@contextmanager
+def disabled(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the network is its base: the reference policy."""
+    layers = [layer for _, layer in adapted_layers(module)]
+    # peft's own switch also clears requires_grad on the factors; it is set again on the way out.
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def extract(module: torch.nn.Module, *, base_hash: str) -> AdapterWeights:
+    """Copy the adapter out, float32. Raises ValueError naming the first factor that is not finite."""
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for name, layer in adapted_layers(module):
+        factors[name] = {key: _array(parameter) for key, parameter in _factors(layer).items()}
+        for key, array in factors[name].items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"adapter factor {key} of {name} is not finite; restore an earlier adapter")
+    return AdapterWeights(
+        method="dora" if layer.use_dora[_NAME] else "lora",
+        scaling=layer.scaling[_NAME],
+        base_hash=base_hash,
+        factors=factors,
+    )
+
+
+def load(module: torch.nn.Module, weights: AdapterWeights) -> None:
+    """Copy factors into the attached adapter. Raises ValueError naming the first that does not fit."""
+    layers = dict(adapted_layers(module))
+    if set(layers) != set(weights.factors):
+        odd = sorted(set(layers) ^ set(weights.factors))
+        raise ValueError(f"the adapter covers other layers than the one attached; first difference: {odd[0]}")
+    for name, layer in layers.items():
+        own = _factors(layer)
+        given = weights.factors[name]
+        if {key: tuple(p.shape) for key, p in own.items()} != {key: a.shape for key, a in given.items()}:
+            raise ValueError(
+                f"adapter factors of {name} are { ({k: a.shape for k, a in given.items()}) }, "
+                f"expected { ({k: tuple(p.shape) for k, p in own.items()}) }"
+            )
+        if layer.scaling[_NAME] != weights.scaling:
+            raise ValueError(f"adapter scaling is {weights.scaling}, expected {layer.scaling[_NAME]}")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for key, parameter in _factors(layer).items():
+                parameter.copy_(torch.from_numpy(weights.factors[name][key]))
+
+
+def _factors(layer: AdaptedLinear) -> dict[str, torch.nn.Parameter]:
+    factors = {
+        "A": layer.lora_A[_NAME].get_parameter("weight"),
+        "B": layer.lora_B[_NAME].get_parameter("weight"),
+    }
+    if layer.use_dora[_NAME]:
+        factors["m"] = layer.lora_magnitude_vector[_NAME].get_parameter("weight")
+    return factors
+
+
+def _array(parameter: torch.nn.Parameter) -> np.ndarray:
+    return parameter.detach().to("cpu", torch.float32, copy=True).numpy()

@@ -1,0 +1,72 @@
+"""Merge a low-rank adapter into base weights, one tensor at a time, always from a pristine base array.
+
+NumPy in and out, so that whoever holds some of the tensors merges just those. In fp32 whatever the stored
+dtype, cast once at the end: merging and unmerging in place drifts, and bf16 arithmetic loses three digits.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685, Eq. 3. DoRA: Liu et al. 2024, arXiv 2402.09353, Eq. 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from trajectories.records import AdapterWeights
+
+_FACTORS = {"lora": {"A", "B"}, "dora": {"A", "B", "m"}}
+
+
+def merge_tensor(
+    name: str, base: np.ndarray, factors: Mapping[str, np.ndarray], *, scaling: float
+) -> np.ndarray:
+    """The merged weight of one linear layer, in the base's dtype; `base` [out, in] is left as it is.
+
+    With A [r, in] and B [out, r] only: W' = W + s B A. With m [out] too: W' = m V / ||V||, V = W + s B A, by
+    output row. Raises ValueError naming the tensor for a shape that does not fit, or when the result is not
+    finite.
+    """
+    down, up = factors["A"], factors["B"]
+    if base.ndim != 2 or down.shape[1:] != base.shape[1:] or up.shape != (base.shape[0], down.shape[0]):
+        raise ValueError(
+            f"cannot merge into {name}: base {base.shape}, A {down.shape}, B {up.shape}; "
+            "expected [out, in], [r, in], [out, r]"
+        )
+    # A non-finite result is reported below, by name; NumPy's own warnings would say less.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        direction = base.astype(np.float32) + np.float32(scaling) * (up @ down).astype(np.float32)
+        if "m" in factors:
+            magnitude = factors["m"]
+            if magnitude.shape != base.shape[:1]:
+                raise ValueError(f"cannot merge into {name}: m {magnitude.shape}, expected {base.shape[:1]}")
+            direction = (magnitude / np.linalg.norm(direction, axis=1))[:, None] * direction
+        merged = direction.astype(base.dtype)
+    bad = merged.size - int(np.isfinite(merged).sum())
+    if bad:
+        raise ValueError(
+            f"merging gives {bad} non-finite of {merged.size} values in {name}; the adapter is damaged: "
+            "keep serving the last good version"
+        )
+    return merged
+
+
+def merge(base: Mapping[str, np.ndarray], adapter: AdapterWeights | None) -> dict[str, np.ndarray]:
+    """Merge `adapter` into those of its tensors that `base` holds (a shard holds some); others pass through.
+
+    `base` maps parameter name to array, e.g. `decoder.layers.0.self_attn.q_proj.weight`. An adapter of None
+    gives the base itself. Tensors without factors are the very arrays given, not copies. Raises ValueError
+    naming the tensor, or the factors that the adapter's method lacks.
+    """
+    merged = dict(base)
+    if adapter is None:
+        return merged
+    expected = _FACTORS[adapter.method]
+    for layer, factors in adapter.factors.items():
+        if set(factors) != expected:
+            raise ValueError(
+                f"{layer} has factors {sorted(factors)}, {adapter.method} needs {sorted(expected)}"
+            )
+        name = f"{layer}.weight"
+        if name in base:
+            merged[name] = merge_tensor(name, base[name], factors, scaling=adapter.scaling)
+    return merged
