@@ -5,8 +5,10 @@ LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353. peft owns the trained parameters
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +18,13 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from configs.schema import AdapterPart
 from trajectories.records import AdapterWeights
 
+DECODER = "language_model.model"
+"""Where the Llama decoder lies in a policy's network."""
 _NAME = "default"
 _LINEARS = r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
-def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: str = "decoder") -> None:
+def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: str = DECODER) -> None:
     """Add a trainable adapter, in place, to every attention and MLP linear of `module.<decoder>`.
 
     Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.
@@ -33,7 +37,7 @@ def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: st
         lora_dropout=part.dropout,
         use_dora=part.method == "dora",
         bias="none",
-        target_modules=rf"{decoder}\.{_LINEARS}",
+        target_modules=rf"{re.escape(decoder)}\.{_LINEARS}",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,6 +111,30 @@ def load(module: torch.nn.Module, weights: AdapterWeights) -> None:
         for name, layer in layers.items():
             for key, parameter in _factors(layer).items():
                 parameter.copy_(torch.from_numpy(weights.factors[name][key]))
+
+
+def adapter_tensors(weights: AdapterWeights) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Flat tensors (`<layer>.A`, ...) and JSON metadata of an adapter, for a checkpoint."""
+    tensors = {
+        f"{layer}.{key}": array
+        for layer, factors in weights.factors.items()
+        for key, array in factors.items()
+    }
+    return tensors, {"method": weights.method, "scaling": weights.scaling, "base_hash": weights.base_hash}
+
+
+def adapter_from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> AdapterWeights:
+    """The inverse of `adapter_tensors`; other metadata is ignored. Raises KeyError when some is missing."""
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in tensors.items():
+        layer, _, key = name.rpartition(".")
+        factors.setdefault(layer, {})[key] = array
+    return AdapterWeights(
+        method=metadata["method"],
+        scaling=metadata["scaling"],
+        base_hash=metadata["base_hash"],
+        factors=factors,
+    )
 
 
 def _factors(layer: AdaptedLinear) -> dict[str, torch.nn.Parameter]:
