@@ -91,7 +91,9 @@ class DecoderPart(Part):
 class PolicyPart(Part):
     """The policy's architecture and how it samples."""
 
-    paradigm: Literal["autoregressive"] = Field("autoregressive", description="how action chunks are produced")
+    paradigm: Literal["autoregressive"] = Field(
+        "autoregressive", description="how action chunks are produced"
+    )
     vision: VisionPart = Field(default=VisionPart(), description="vision tower")
     decoder: DecoderPart = Field(default=DecoderPart(), description="language decoder")
     bins: int = Field(256, ge=3, le=256, description="action bins per dimension (OpenVLA: 256)")
@@ -116,7 +118,9 @@ class SupervisedPart(Part):
 class AdapterPart(Part):
     """The low-rank adapter that preference learning trains (peft); the reference policy is the adapter off."""
 
-    method: Literal["lora", "dora"] = Field("dora", description="LoRA, or DoRA (LoRA with learned magnitudes)")
+    method: Literal["lora", "dora"] = Field(
+        "dora", description="LoRA, or DoRA (LoRA with learned magnitudes)"
+    )
     rank: int = Field(32, ge=1, description="rank r")
     alpha: float = Field(64, gt=0, description="scaling is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="adapter dropout")
@@ -149,7 +153,9 @@ class PreferencePart(Part):
         12, ge=1, description="decisions drawn from each side of a pair at a step (unbiased, rescaled)"
     )
     batch_size: int = Field(32, ge=1, description="decisions per step for the success and demo terms")
-    pairs_per_state: int = Field(4, ge=1, description="at most this many pairs from one initial state and version")
+    pairs_per_state: int = Field(
+        4, ge=1, description="at most this many pairs from one initial state and version"
+    )
     max_staleness: int = Field(2, ge=0, description="versions a trajectory may lag behind and still pair")
     grad_clip: float = Field(1.0, gt=0, description="gradient norm limit")
 
@@ -158,10 +164,14 @@ class GuardPart(Part):
     """What stops a destructive update: a tripwire in the learner, and a canary before the fleet."""
 
     chosen_drop: float = Field(
-        0.5, gt=0, description="tripwire: nats per token that the chosen log-prob may fall below its reference"
+        0.5,
+        gt=0,
+        description="tripwire: nats per token that the chosen log-prob may fall below its reference",
     )
     canary_episodes: int = Field(
-        40, ge=0, description="episodes a new version drives before promotion, on cells the old one has driven"
+        40,
+        ge=0,
+        description="episodes a new version drives before promotion, on cells the old one has driven",
     )
     canary_significance: float = Field(
         0.05, gt=0, lt=0.5, description="roll back when one-sided exact McNemar says worse at this level"
@@ -173,9 +183,13 @@ class RolloutPart(Part):
 
     rounds: int = Field(3, ge=0, description="rounds of collect, learn, trial")
     init_states_per_round: int = Field(10, ge=1, description="initial states per task and round")
-    samples_per_state: int = Field(4, ge=2, description="episodes from each initial state (a group that can pair)")
+    samples_per_state: int = Field(
+        4, ge=2, description="episodes from each initial state (a group that can pair)"
+    )
     actors: int = Field(2, ge=1, description="rollout actors (one process each)")
-    envs_per_actor: int = Field(4, ge=1, description="simulators per rollout actor, stepped while others wait")
+    envs_per_actor: int = Field(
+        4, ge=1, description="simulators per rollout actor, stepped while others wait"
+    )
     cpus_per_actor: float = Field(0.5, gt=0, description="CPUs Ray reserves for each rollout actor")
     episode_timeout_s: float = Field(
         600, gt=0, description="an episode that takes longer is abandoned and its actor replaced"
@@ -199,24 +213,35 @@ class LearnerPart(Part):
     threads: int = Field(2, ge=1, description="torch threads of the learner")
     cpus: float = Field(0.5, gt=0, description="CPUs Ray reserves for the learner")
     gpus: float = Field(0.0, ge=0, description="GPUs Ray reserves for the learner")
-    parameter_shards: int = Field(2, ge=1, description="parameter-server actors; each merges and serves its share")
+    parameter_shards: int = Field(
+        2, ge=1, description="parameter-server actors; each merges and serves its share"
+    )
 
 
 class EvaluationPart(Part):
     """The held-out evaluation: every (task, held-out state, sampling seed) cell, once before and once after."""
 
-    sampling_seeds: tuple[int, ...] = Field((0,), description="sampling seeds per held-out state", min_length=1)
-    temperature: float | None = Field(
-        None, ge=0, description="sampling temperature; none: the rollouts' own"
+    sampling_seeds: tuple[int, ...] = Field(
+        (0,), description="sampling seeds per held-out state", min_length=1
     )
+    temperature: float | None = Field(None, ge=0, description="sampling temperature; none: the rollouts' own")
     every_round: bool = Field(False, description="evaluate every promoted version, not only first and last")
 
 
 class Recipe(Part):
     """A whole run."""
 
-    name: str = Field(description="run name; outputs go to runs/<name>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        description="run name; outputs go to runs/<name>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     seed: int = Field(0, ge=0, description="training seed")
+    schedule: Literal["synchronous", "overlapped"] = Field(
+        "synchronous",
+        description="synchronous: collect, learn and try in turn; overlapped: collect the next round while learning",
+    )
+    start: str | None = Field(
+        None, description="run folder whose supervised start and demonstrations are taken up instead of made"
+    )
     tasks: TaskPart
     environment: EnvironmentPart = EnvironmentPart()
     demonstrations: DemonstrationPart = DemonstrationPart()

@@ -1,0 +1,129 @@
+"""The driver's handle on the rollout actors: keeps them busy, replaces the dead and the hung, loses no cell."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from trajectories.records import Cell
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""A cell whose actor dies this often is quarantined instead of taking another actor down."""
+
+Launch = Callable[[Any, Cell], list[ray.ObjectRef]]
+"""Starts one cell on one actor; returns the refs of (record, trajectory)."""
+
+
+@dataclass(slots=True)
+class _Running:
+    cell: Cell
+    actor: int
+    trajectory: ray.ObjectRef
+    started: float = field(default_factory=time.monotonic)
+
+
+class Fleet:
+    """Feeds cells to rollout actors and yields what comes back, in the order it comes."""
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        *,
+        slots: int,
+        timeout_s: float,
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.actors = list(actors)
+        self._slots = slots
+        self._timeout_s = timeout_s
+        self._on_event = on_event
+
+    def run(self, cells: Sequence[Cell], launch: Launch) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
+        """Run every cell once. Yields (episode record, ref of the trajectory).
+
+        A cell whose actor dies or hangs is run again from its initial state, up to MAX_ATTEMPTS times. Every cell
+        ends in exactly one yield or one `quarantined` event.
+        """
+        pending = deque(cells)
+        attempts: dict[Cell, int] = {}
+        running: dict[ray.ObjectRef, _Running] = {}
+        wanted: list[tuple[str, int] | None] = [None] * len(self.actors)
+        try:
+            while pending or running:
+                self._assign(pending, running, wanted, launch)
+                done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+                for ref in done:
+                    run = running.pop(ref)
+                    wanted[run.actor] = (run.cell.suite, run.cell.task_id)
+                    try:
+                        record = ray.get(ref)
+                    except RayActorError as error:
+                        self._requeue(run, pending, attempts, reason=type(error).__name__)
+                        continue
+                    yield record, run.trajectory
+                self._replace_hung(running)
+        finally:
+            for ref in running:
+                ray.cancel(ref)
+
+    def _assign(
+        self,
+        pending: deque[Cell],
+        running: dict[ray.ObjectRef, _Running],
+        wanted: list[tuple[str, int] | None],
+        launch: Launch,
+    ) -> None:
+        """Fill free slots, the emptiest actor first; a freed simulator gets another cell of its own task if any."""
+        loads = [0] * len(self.actors)
+        for run in running.values():
+            loads[run.actor] += 1
+        while pending and min(loads) < self._slots:
+            actor = loads.index(min(loads))
+            cell = next((c for c in pending if (c.suite, c.task_id) == wanted[actor]), pending[0])
+            wanted[actor] = None
+            pending.remove(cell)
+            record, trajectory = launch(self.actors[actor], cell)
+            running[record] = _Running(cell, actor, trajectory)
+            loads[actor] += 1
+
+    def _requeue(
+        self, run: _Running, pending: deque[Cell], attempts: dict[Cell, int], *, reason: str
+    ) -> None:
+        attempts[run.cell] = attempts.get(run.cell, 0) + 1
+        event = {
+            "cell": run.cell.key,
+            "actor": run.actor,
+            "reason": reason,
+            "attempt": attempts[run.cell],
+        }
+        if attempts[run.cell] >= MAX_ATTEMPTS:
+            self._on_event({"event": "quarantined", **event})
+        else:
+            self._on_event({"event": "requeued", **event})
+            pending.append(run.cell)
+
+    def _replace_hung(self, running: dict[ray.ObjectRef, _Running]) -> None:
+        """Restart actors that sit on an episode for too long; their episodes then fail and are queued again."""
+        now = time.monotonic()
+        hung = {run.actor for run in running.values() if now - run.started > self._timeout_s}
+        for actor in hung:
+            self._on_event(
+                {
+                    "event": "actor_restarted",
+                    "actor": actor,
+                    "reason": f"an episode took longer than {self._timeout_s:.0f} s",
+                }
+            )
+            for run in running.values():
+                if run.actor == actor:
+                    run.started = now
+            ray.kill(self.actors[actor], no_restart=False)

@@ -1,0 +1,155 @@
+"""Learner and preference-store actors: thin processes around the plain classes of `learners/` and `preferences/`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from learners.preference import PreferenceLearner, UpdateReport
+from learners.supervised import SupervisedLearner
+from preferences.pairing import PairCounts
+from preferences.store import PreferenceStore
+
+from configs.schema import AdapterPart, GuardPart, PolicyPart, PreferencePart, SupervisedPart
+from learners.checkpoint import load_checkpoint, save_checkpoint
+from policies.autoregressive import state_tensors
+from policies.make import make_policy
+from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
+
+PROGRESS_EVERY = 20
+
+
+class Learner:
+    """Owns the trainable policy: the supervised start, then one adapter update a round."""
+
+    def __init__(
+        self,
+        *,
+        policy: PolicyPart,
+        supervised: SupervisedPart,
+        adapter: AdapterPart,
+        preference: PreferencePart,
+        guard: GuardPart,
+        image_size: int,
+        seed: int,
+        threads: int,
+        monitor: Any,
+    ) -> None:
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._supervised, self._adapter, self._preference, self._guard = (
+            supervised,
+            adapter,
+            preference,
+            guard,
+        )
+        self._seed = seed
+        self._monitor = monitor
+        self._policy = make_policy(policy, image_size=image_size, seed=seed, device=device)
+        self._learner: PreferenceLearner | None = None
+        self._demos: list[Trajectory] = []
+
+    def supervise(self, demos: Sequence[Trajectory], *, folder: str) -> dict[str, float]:
+        """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`."""
+        self._demos = list(demos)
+        part = self._supervised
+        learner = SupervisedLearner(self._policy, part, seed=self._seed, demos=self._demos)
+        metrics: dict[str, float] = {}
+        for step in range(part.steps):
+            metrics = learner.step()
+            if step % PROGRESS_EVERY == 0 or step + 1 == part.steps:
+                self._monitor.report.remote("supervised", step + 1, part.steps, metrics)
+        save_checkpoint(
+            folder, "start", state_tensors(self._policy.module), {"steps": part.steps, "seed": self._seed}
+        )
+        return metrics
+
+    def load_start(self, checkpoint: str, demos: Sequence[Trajectory]) -> None:
+        """Take up a saved start instead of training one."""
+        tensors, _ = load_checkpoint(checkpoint)
+        self._policy.load(WeightSnapshot(version=0, content_hash="", tensors=tensors))
+        self._demos = list(demos)
+
+    def attach(self, base_hash: str) -> None:
+        """Freeze the start as the reference policy and attach the adapter that learns."""
+        self._learner = PreferenceLearner(
+            self._policy,
+            adapter=self._adapter,
+            preference=self._preference,
+            guard=self._guard,
+            base_hash=base_hash,
+            seed=self._seed,
+        )
+
+    def update(
+        self, pairs: Sequence[PreferencePair], successes: Sequence[Trajectory]
+    ) -> tuple[UpdateReport, AdapterWeights]:
+        """One learning round. A tripped update leaves the adapter as it was."""
+        learner = self._attached()
+        total = self._preference.steps
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            if step % PROGRESS_EVERY == 0 or step == total:
+                self._monitor.report.remote("update", step, total, metrics)
+
+        report = learner.update(pairs, successes, self._demos, on_step=on_step)
+        return report, learner.adapter()
+
+    def restore(self, adapter: AdapterWeights | None) -> None:
+        """Go back to the adapter of the last good version (None: the start), with a fresh optimizer."""
+        self._attached().restore(adapter)
+
+    def _attached(self) -> PreferenceLearner:
+        if self._learner is None:
+            raise RuntimeError("attach() comes before update() and restore()")
+        return self._learner
+
+
+class Store:
+    """The preference store in a process of its own, so that trajectories never pass through the driver."""
+
+    def __init__(self, *, folder: str, preference: PreferencePart, seed: int) -> None:
+        self._store = PreferenceStore(folder)
+        self._part = preference
+        self._seed = seed
+
+    def register_version(self, version: int, content_hash: str) -> None:
+        self._store.register_version(version, content_hash)
+
+    def add(self, trajectory: Trajectory) -> bool:
+        """Store durably; False when it was there already."""
+        return self._store.add(trajectory)
+
+    def mine(self, version: int) -> tuple[list[PreferencePair], list[Trajectory], PairCounts]:
+        """Pairs and successes no staler than the recipe allows, and the counts of what could not pair."""
+        mined = self._store.mine(
+            current_version=version,
+            max_staleness=self._part.max_staleness,
+            pairs_per_state=self._part.pairs_per_state,
+            seed=self._seed,
+        )
+        return list(mined.pairs), list(mined.successes), mined.counts
+
+
+class Monitor:
+    """Where long work in other processes says how far it is; the driver reads it."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[str, int, int, dict[str, float]] = ("", 0, 1, {})
+        self._lines: list[dict[str, Any]] = []
+
+    def report(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        self._latest = (stage, done, total, metrics)
+        self._lines.append({"stage": stage, "step": done, **metrics})
+
+    def pop(self) -> tuple[tuple[str, int, int, dict[str, float]], list[dict[str, Any]]]:
+        """The latest progress, and every line since the last call."""
+        lines, self._lines = self._lines, []
+        return self._latest, lines
+
+
+LearnerActor = ray.remote(Learner)
+StoreActor = ray.remote(Store)
+MonitorActor = ray.remote(Monitor)

@@ -1,0 +1,111 @@
+"""Parameter-server actors: each owns a share of the pristine base and merges its own tensors, version by version.
+
+No process ever holds the whole model: a shard reads only its tensors from the start checkpoint, merges the adapter
+into a fresh copy in fp32, and puts the result into the object store once; every policy actor on a node maps the same
+bytes. Nothing is pushed: policy actors pull a version when a request first names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from learners.checkpoint import load_tensors, tensor_sizes
+from policies.merging import merge
+from trajectories.hashing import root_hash, tensor_hash
+from trajectories.records import AdapterWeights, WeightSnapshot
+
+
+def assign_shards(sizes: Mapping[str, int], num_shards: int) -> list[list[str]]:
+    """Split tensor names into shards of nearly equal bytes: largest first, to the lightest shard.
+
+    Args:
+        sizes: tensor name -> bytes.
+        num_shards: number of parameter-server actors, >= 1.
+    """
+    shards: list[list[str]] = [[] for _ in range(num_shards)]
+    loads = [0] * num_shards
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        lightest = loads.index(min(loads))
+        shards[lightest].append(name)
+        loads[lightest] += sizes[name]
+    return shards
+
+
+class ShardServer:
+    """One share of the weights. Holds the pristine base for its names and the newest merged versions."""
+
+    def __init__(self, *, start_checkpoint: str, index: int, num_shards: int) -> None:
+        names = assign_shards(tensor_sizes(start_checkpoint), num_shards)[index]
+        self._base: dict[str, np.ndarray] = load_tensors(start_checkpoint, names)
+        self._versions: dict[int, tuple[ray.ObjectRef, dict[str, str]]] = {}
+
+    def publish(self, version: int, adapter: AdapterWeights | None) -> dict[str, str]:
+        """Merge the adapter into this shard's tensors, from the pristine base, as a new version.
+
+        Returns tensor name -> hash of this shard's merged tensors. Raises ValueError when the version does not rise
+        or a merged tensor is not finite.
+        """
+        if self._versions and version <= max(self._versions):
+            raise ValueError(f"version must rise above {max(self._versions)}, got {version}")
+        merged = merge(self._base, adapter)
+        hashes = {name: tensor_hash(array) for name, array in merged.items()}
+        self._versions[version] = (ray.put(merged), hashes)
+        return hashes
+
+    def retire(self, keep: Sequence[int]) -> None:
+        """Forget every version but these; the object store frees them when the last reader lets go."""
+        self._versions = {v: held for v, held in self._versions.items() if v in keep}
+
+    def pull(self, version: int) -> tuple[list[ray.ObjectRef], dict[str, str]]:
+        """The object holding this shard's tensors of a version (in a list, so that it is not copied through this
+        process), and their hashes. Raises KeyError for a version not held."""
+        if version not in self._versions:
+            raise KeyError(f"version {version} is not held; held: {sorted(self._versions)}")
+        ref, hashes = self._versions[version]
+        return [ref], hashes
+
+
+def pull_snapshot(shards: Sequence[Any], version: int) -> WeightSnapshot:
+    """Assemble a version from all shards. Tensors are read-only views into the object store."""
+    tensors: dict[str, np.ndarray] = {}
+    hashes: dict[str, str] = {}
+    for refs, shard_hashes in ray.get([shard.pull.remote(version) for shard in shards]):
+        tensors.update(ray.get(refs[0]))
+        hashes.update(shard_hashes)
+    return WeightSnapshot(version=version, content_hash=root_hash(hashes), tensors=tensors)
+
+
+ParameterShard = ray.remote(ShardServer)
+
+
+class ParameterServer:
+    """The driver's handle on all shards: publishes versions that only rise, and keeps those still in use."""
+
+    def __init__(self, *, start_checkpoint: str, num_shards: int) -> None:
+        self.shards = [
+            ParameterShard.options(num_cpus=0).remote(  # type: ignore[attr-defined]
+                start_checkpoint=start_checkpoint, index=i, num_shards=num_shards
+            )
+            for i in range(num_shards)
+        ]
+        self._next = 0
+
+    def publish(
+        self, adapter: AdapterWeights | None, *, keep: Sequence[int] = (), version: int | None = None
+    ) -> tuple[int, str]:
+        """Publish the base (adapter None) or a merged adapter; returns its version and content hash.
+
+        Versions in `keep` stay available beside the new one; all others are retired. `version` is the next free one
+        unless a saved version is published again.
+        """
+        version = self._next if version is None else version
+        self._next = version + 1
+        ref = ray.put(adapter)
+        parts = ray.get([shard.publish.remote(version, ref) for shard in self.shards])
+        ray.get([shard.retire.remote([*keep, version]) for shard in self.shards])
+        hashes = {name: value for part in parts for name, value in part.items()}
+        return version, root_hash(hashes)

@@ -1,0 +1,220 @@
+"""The schedule of a run: a supervised start, then rounds of collect, learn, trial.
+
+      scripted experts --demonstrations--> learner (supervised start) --> parameter server (version 0)
+                                                                               |
+      +--> collect:  rollout actors <-> policy actors (version v) --trajectories--> store
+      |    learn:    store --pairs, successes--> learner --adapter--> parameter server (candidate)
+      |    trial:    the candidate drives cells that v has just driven; promoted unless significantly worse
+      +------------- the version in force drives the next round
+
+| stage   | consumes                    | produces                 | waits for               |
+|---------|-----------------------------|--------------------------|-------------------------|
+| collect | cells, a version            | trajectories, durably    | every cell of the round |
+| learn   | pairs, successes, demos     | a candidate, or a trip   | the optimizer steps     |
+| trial   | canary cells, two versions  | promotion or rollback    | every canary cell       |
+
+Two schedules, one function each: `synchronous` alternates the stages; `overlapped` collects the next round with the
+version in force while the learner works, so trajectories are at most one version behind.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from envs.fingerprint import stack_fingerprint
+from envs.protocol import held_out_cells, mcnemar, wilson
+
+from actors.placement import Crew, check_fits, connect
+from actors.run_folder import RunFolder
+from actors.stages import (
+    Outcomes,
+    Version,
+    begin_update,
+    demonstrate,
+    drive,
+    end_update,
+    follow,
+    publish,
+    training_cells,
+    trial,
+)
+from configs.schema import Recipe
+from dashboard.report import write_report
+from envs.assets import ResolvedAssets, resolve_assets
+from trajectories.codec import load_trajectory, save_trajectory
+
+
+def train(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
+    """Run a recipe from start to report.
+
+    Returns the result that is also written to `result.json`. Raises PlacementError when the cluster is too small, and
+    FileNotFoundError or AssetError for a missing start or assets, before any actor starts.
+    """
+    started = time.monotonic()
+    assets = resolve_assets(recipe.environment.assets)
+    connect()
+    check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
+    folder = RunFolder.create(recipe, root)
+    folder.write_json("fingerprint.json", stack_fingerprint(assets=assets))
+    crew = Crew()
+    try:
+        start = prepare(recipe, folder, crew, assets)
+        before = evaluate(recipe, folder, crew, start)
+        match recipe.schedule:
+            case "synchronous":
+                good = synchronous(recipe, folder, crew, start)
+            case "overlapped":
+                good = overlapped(recipe, folder, crew, start)
+        after = evaluate(recipe, folder, crew, good) if good is not start else before
+        result = summarize(recipe, folder, assets, before, after, wall_s=time.monotonic() - started)
+        write_report(folder.path)
+        return result
+    finally:
+        crew.dismiss()
+
+
+def synchronous(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:
+    """Collect, learn, trial, one after the other. Returns the last version in force."""
+    good = start
+    for index in range(recipe.rollouts.rounds):
+        driven = collect(recipe, folder, crew, good, index)
+        update = begin_update(crew, folder, good.version, index)
+        good = settle(recipe, folder, crew, good, update, driven, index)
+    return good
+
+
+def overlapped(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:
+    """Collect the next round while the learner works on the last one. Returns the last version in force."""
+    good = start
+    driven = collect(recipe, folder, crew, good, 0) if recipe.rollouts.rounds else Outcomes()
+    for index in range(recipe.rollouts.rounds):
+        update = begin_update(crew, folder, good.version, index)
+        last = index + 1 == recipe.rollouts.rounds
+        ahead = driven if last else collect(recipe, folder, crew, good, index + 1)
+        good = settle(recipe, folder, crew, good, update, driven, index)
+        driven = ahead
+    return good
+
+
+def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAssets) -> Version:
+    """Start the actors, train (or take up) the supervised start, and publish it as version 0."""
+    crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
+    crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
+    crew.start_learner(
+        recipe.learner,
+        policy=recipe.policy,
+        supervised=recipe.supervised,
+        adapter=recipe.adapter,
+        preference=recipe.preference,
+        guard=recipe.guard,
+        image_size=recipe.environment.image_size,
+        seed=recipe.seed,
+    )
+    checkpoint = folder.checkpoints / "start"
+    if recipe.start is None:
+        demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
+        for demo in demos:
+            save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
+        training = crew.learner.supervise.remote(demos, folder=str(folder.checkpoints))
+        follow(crew, folder, training, label="supervised", total=recipe.supervised.steps)
+    else:
+        checkpoint = Path(recipe.start) / "checkpoints" / "start"
+        saved = sorted((Path(recipe.start) / "demonstrations").iterdir())
+        ray.get(crew.learner.load_start.remote(str(checkpoint), [load_trajectory(path) for path in saved]))
+    crew.start_serving(
+        recipe.serving,
+        policy=recipe.policy,
+        image_size=recipe.environment.image_size,
+        start_checkpoint=str(checkpoint.resolve()),
+        num_shards=recipe.learner.parameter_shards,
+    )
+    start = publish(crew, folder, None)
+    ray.get(crew.learner.attach.remote(start.content_hash))
+    return start
+
+
+def collect(recipe: Recipe, folder: RunFolder, crew: Crew, good: Version, index: int) -> Outcomes:
+    """One round of rollouts with the version in force."""
+    return drive(
+        crew,
+        folder,
+        training_cells(recipe.tasks, recipe.rollouts, index),
+        version=good.version,
+        temperature=recipe.policy.temperature,
+        phase="rollout",
+        round_index=index,
+        keep=True,
+    )
+
+
+def settle(
+    recipe: Recipe,
+    folder: RunFolder,
+    crew: Crew,
+    good: Version,
+    update: ray.ObjectRef,
+    driven: Outcomes,
+    index: int,
+) -> Version:
+    """End an update and try what it learned; returns the version in force afterwards."""
+    candidate = end_update(crew, folder, update, good=good, steps=recipe.preference.steps, round_index=index)
+    if candidate is None:
+        return good
+    return trial(
+        crew,
+        folder,
+        recipe.guard,
+        good=good,
+        candidate=candidate,
+        driven=driven,
+        temperature=recipe.policy.temperature,
+        round_index=index,
+    )
+
+
+def evaluate(recipe: Recipe, folder: RunFolder, crew: Crew, version: Version) -> Outcomes:
+    """Drive the held-out manifest with a version. Nothing of it is stored for training."""
+    part = recipe.evaluation
+    return drive(
+        crew,
+        folder,
+        held_out_cells(recipe.tasks, part.sampling_seeds),
+        version=version.version,
+        temperature=recipe.policy.temperature if part.temperature is None else part.temperature,
+        phase="evaluation",
+        round_index=-1,
+        keep=False,
+    )
+
+
+def summarize(
+    recipe: Recipe,
+    folder: RunFolder,
+    assets: ResolvedAssets,
+    before: Outcomes,
+    after: Outcomes,
+    *,
+    wall_s: float,
+) -> dict[str, Any]:
+    """Write and return the result: paired held-out success before and after."""
+    shared = before.success.keys() & after.success.keys()
+    test = mcnemar({c: before.success[c] for c in shared}, {c: after.success[c] for c in shared})
+    driven = folder.rollout_throughput()
+    result = {
+        "suite": recipe.tasks.suite,
+        "task_ids": list(recipe.tasks.task_ids),
+        "assets": assets.kind,
+        "held_out_episodes": len(shared),
+        "success_before": round(before.rate, 4),
+        "success_after": round(after.rate, 4),
+        "wilson_before": [round(x, 4) for x in wilson(sum(before.success.values()), len(before.success))],
+        "wilson_after": [round(x, 4) for x in wilson(sum(after.success.values()), len(after.success))],
+        "mcnemar_p": round(test.p_value, 6),
+        "env_steps_per_s": driven,
+        "wall_s": round(wall_s, 1),
+    }
+    folder.write_json("result.json", result)
+    return result

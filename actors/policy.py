@@ -1,0 +1,157 @@
+"""Policy actors: answer rollout actors' requests in batches, with weights pulled by version.
+
+A request names the version it wants. An actor holds at most two versions (the fleet's and a candidate on trial), so
+an episode always ends under the weights it began with, and a canary needs no second fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from actors.parameter_server import pull_snapshot
+from configs.schema import PolicyPart, ServingPart
+from policies.autoregressive import state_tensors
+from policies.make import make_policy
+from policies.protocol import Policy
+from trajectories.hashing import weights_hash
+from trajectories.records import ActionSample, Observation
+
+log = logging.getLogger(__name__)
+
+HELD_VERSIONS = 2
+
+
+@dataclass(slots=True)
+class _Request:
+    observation: Observation
+    seed: int
+    version: int
+    temperature: float
+    answer: asyncio.Future[tuple[ActionSample, str]]
+
+
+class PolicyServer:
+    """Coalesces requests into batches of at most `max_batch`, none waiting longer than `max_wait_ms`."""
+
+    def __init__(
+        self, *, policy: PolicyPart, serving: ServingPart, image_size: int, shards: Sequence[Any]
+    ) -> None:
+        torch.set_num_threads(serving.threads)
+        self._part = policy
+        self._serving = serving
+        self._image_size = image_size
+        self._shards = list(shards)
+        self._held: OrderedDict[int, tuple[Policy, str]] = OrderedDict()
+        self._queue: asyncio.Queue[_Request] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
+        self._batcher: asyncio.Task[None] | None = None
+        self._batches = 0
+        self._decisions = 0
+        self._busy_s = 0.0
+
+    async def act(
+        self, observation: Observation, *, seed: int, version: int, temperature: float
+    ) -> tuple[ActionSample, str]:
+        """Answer one observation; returns the sample and the content hash of the weights that made it."""
+        if self._batcher is None:
+            self._batcher = asyncio.get_running_loop().create_task(self._serve())
+        answer: asyncio.Future[tuple[ActionSample, str]] = asyncio.get_running_loop().create_future()
+        await self._queue.put(_Request(observation, seed, version, temperature, answer))
+        return await answer
+
+    async def serving(self) -> dict[int, str]:
+        """Version -> content hash of everything this actor holds."""
+        return {version: content_hash for version, (_, content_hash) in self._held.items()}
+
+    async def pop_stats(self) -> dict[str, float]:
+        """Batches, decisions and busy seconds since the last call."""
+        stats = {
+            "batches": float(self._batches),
+            "decisions": float(self._decisions),
+            "busy_s": self._busy_s,
+        }
+        self._batches, self._decisions, self._busy_s = 0, 0, 0.0
+        return stats
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        waiting: list[_Request] = []
+        while True:
+            if not waiting:
+                waiting.append(await self._queue.get())
+            await self._fill(waiting)
+            key = (waiting[0].version, waiting[0].temperature)
+            batch = [r for r in waiting if (r.version, r.temperature) == key][: self._serving.max_batch]
+            waiting = [r for r in waiting if r not in batch]
+            try:
+                answers = await loop.run_in_executor(self._thread, self._answer, batch)
+            except Exception as error:  # handed to the callers, who own the decision to retry
+                for request in batch:
+                    request.answer.set_exception(error)
+                continue
+            for request, answer in zip(batch, answers, strict=True):
+                request.answer.set_result(answer)
+
+    async def _fill(self, waiting: list[_Request]) -> None:
+        """Wait until the batch is full or the oldest request has waited long enough."""
+        deadline = time.monotonic() + self._serving.max_wait_ms / 1000
+        while len(waiting) < self._serving.max_batch:
+            left = deadline - time.monotonic()
+            if left <= 0 and self._queue.empty():
+                return
+            try:
+                waiting.append(await asyncio.wait_for(self._queue.get(), max(left, 0.0)))
+            except TimeoutError:
+                return
+
+    def _answer(self, batch: list[_Request]) -> list[tuple[ActionSample, str]]:
+        policy, content_hash = self._hold(batch[0].version)
+        started = time.monotonic()
+        samples = policy.act(
+            [r.observation for r in batch],
+            seeds=[r.seed for r in batch],
+            temperature=batch[0].temperature,
+        )
+        self._busy_s += time.monotonic() - started
+        self._batches += 1
+        self._decisions += len(batch)
+        return [(sample, content_hash) for sample in samples]
+
+    def _hold(self, version: int) -> tuple[Policy, str]:
+        """The policy of a version, pulled from the parameter server on first use."""
+        if version in self._held:
+            self._held.move_to_end(version)
+            return self._held[version]
+        if len(self._held) < HELD_VERSIONS:
+            policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device())
+        else:
+            dropped, (policy, _) = self._held.popitem(last=False)
+            log.info("version %d makes room for version %d", dropped, version)
+        snapshot = pull_snapshot(self._shards, version)
+        policy.load(snapshot)
+        # Hash what is served, not what was sent: a copy that went wrong shows here.
+        content_hash = weights_hash(state_tensors(policy.module))
+        if content_hash != snapshot.content_hash:
+            raise RuntimeError(
+                f"version {version} loads as {content_hash[:12]}, published as {snapshot.content_hash[:12]}"
+            )
+        self._held[version] = (policy, content_hash)
+        return policy, content_hash
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+
+
+PolicyActor = ray.remote(PolicyServer)
+"""Restarts without limit; a restarted actor pulls the version of its first request before answering it."""

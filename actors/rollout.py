@@ -1,0 +1,178 @@
+"""Rollout actors: one process, several LIBERO simulators. While one waits for its action chunk, others simulate.
+
+Each episode is a coroutine: observe, ask a policy actor, run the chunk open-loop, repeat. The simulator blocks the
+event loop while it steps (one thread per simulator process is the fastest LIBERO gets); only the wait for an answer
+yields, and that is when another episode steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from envs.demonstrations import demonstrate
+from ray.exceptions import RayActorError
+
+from configs.schema import DemonstrationPart, EnvironmentPart
+from envs.assets import ResolvedAssets
+from envs.libero import InvalidActionError, LiberoEnv, to_observation
+from trajectories.codec import episode_record
+from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
+
+log = logging.getLogger(__name__)
+
+ANSWER_DEADLINE_S = 120.0
+"""How long an episode waits for policy actors to come back before it is abandoned as a fault."""
+
+
+def decision_seed(cell: Cell, index: int) -> int:
+    """Sampling seed of one decision: fixed by the cell alone, so any two policies share random numbers on it."""
+    digest = hashlib.sha256(f"{cell.key}#{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+class EpisodeFault(RuntimeError):  # noqa: N818  (the field's word for it)
+    """An episode that went wrong through no fault of the policy's: it is counted and quarantined."""
+
+
+class SimulatorPool:
+    """At most `capacity` simulators, kept by task: building one takes seconds, resetting one a tenth."""
+
+    def __init__(self, *, capacity: int, environment: EnvironmentPart, assets: ResolvedAssets) -> None:
+        self._environment = environment
+        self._assets = assets
+        self._free = asyncio.Semaphore(capacity)
+        self._capacity = capacity
+        self._idle: list[LiberoEnv] = []
+        self._built = 0
+
+    async def take(self, suite: str, task_id: int) -> LiberoEnv:
+        """An idle simulator of this task, or a new one, replacing an idle one of another task if need be."""
+        await self._free.acquire()
+        for env in self._idle:
+            if (env.task.suite, env.task.task_id) == (suite, task_id):
+                self._idle.remove(env)
+                return env
+        if self._built == self._capacity:
+            self._idle.pop(0).close()
+            self._built -= 1
+        try:
+            env = LiberoEnv(suite=suite, task_id=task_id, environment=self._environment, assets=self._assets)
+        except Exception:
+            self._free.release()
+            raise
+        self._built += 1
+        return env
+
+    def give_back(self, env: LiberoEnv, *, healthy: bool = True) -> None:
+        if healthy:
+            self._idle.append(env)
+        else:
+            env.close()
+            self._built -= 1
+        self._free.release()
+
+
+class Rollouts:
+    """Runs episodes against policy actors, and scripted demonstrations."""
+
+    def __init__(self, *, environment: EnvironmentPart, assets: ResolvedAssets, num_envs: int) -> None:
+        self._pool = SimulatorPool(capacity=num_envs, environment=environment, assets=assets)
+        self._asked = 0
+
+    async def rollout(
+        self, cell: Cell, *, policies: Sequence[Any], version: int, temperature: float
+    ) -> tuple[dict[str, Any], Trajectory]:
+        """One episode. Returns its outcome record and the trajectory (a fault is an outcome, not an exception)."""
+        started = time.monotonic()
+        env = await self._pool.take(cell.suite, cell.task_id)
+        decisions: list[Decision] = []
+        outcome, fault, steps, content_hash = "timeout", "", 0, ""
+        try:
+            seed = decision_seed(cell, -1) % 2**32
+            frame, _ = env.reset(seed=seed, options={"init_state": cell.init_state})
+            done = False
+            while not done:
+                observation = to_observation(frame, env.instruction)
+                if not np.isfinite(observation.proprio).all():
+                    raise EpisodeFault("the simulator's proprioception is not finite")
+                sample, content_hash = await self._ask(
+                    policies,
+                    observation,
+                    seed=decision_seed(cell, len(decisions)),
+                    version=version,
+                    temperature=temperature,
+                )
+                frame, _, terminated, truncated, info = env.step_chunk(sample.actions)
+                decisions.append(Decision(observation=observation, sample=sample, executed=info["executed"]))
+                steps += info["executed"]
+                done = terminated or truncated
+                if info["success"]:
+                    outcome = "success"
+        except (InvalidActionError, EpisodeFault) as error:
+            outcome, fault = "fault", f"{type(error).__name__}: {error}"
+            log.warning("episode %s quarantined: %s", cell.key, fault)
+        except BaseException:
+            self._pool.give_back(env, healthy=False)
+            raise
+        self._pool.give_back(env, healthy=outcome != "fault")
+        trajectory = Trajectory(
+            cell=cell,
+            decisions=tuple(decisions),
+            outcome=outcome,  # type: ignore[arg-type]
+            fault=fault,
+            env_steps=steps,
+            policy_version=version,
+            policy_hash=content_hash,
+        )
+        return episode_record(trajectory, wall_s=round(time.monotonic() - started, 3)), trajectory
+
+    async def demonstration(
+        self, cell: Cell, *, part: DemonstrationPart, chunk: int
+    ) -> tuple[dict[str, Any], Trajectory]:
+        """One perturbed demonstration by the task's scripted expert."""
+        env = await self._pool.take(cell.suite, cell.task_id)
+        try:
+            trajectory = demonstrate(
+                env, init_state=cell.init_state, seed=cell.seed, noise=part.noise, chunk=chunk
+            )
+        finally:
+            self._pool.give_back(env)
+        return episode_record(trajectory), trajectory
+
+    async def _ask(
+        self,
+        policies: Sequence[Any],
+        observation: Observation,
+        *,
+        seed: int,
+        version: int,
+        temperature: float,
+    ) -> tuple[ActionSample, str]:
+        """Ask a policy actor; while one restarts, wait for it or ask another. Asking twice is harmless: the seed
+        fixes the answer."""
+        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        while True:
+            policy = policies[self._asked % len(policies)]
+            self._asked += 1
+            try:
+                sample, content_hash = await policy.act.remote(
+                    observation, seed=seed, version=version, temperature=temperature
+                )
+            except RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise EpisodeFault(f"no policy actor answered in {ANSWER_DEADLINE_S:.0f} s") from error
+                await asyncio.sleep(0.5)
+                continue
+            if not np.isfinite(sample.logps).all():
+                raise InvalidActionError("the policy's log-probabilities are not finite")
+            return sample, content_hash
+
+
+RolloutActor = ray.remote(Rollouts)

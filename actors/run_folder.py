@@ -1,0 +1,119 @@
+"""The run folder: everything a run leaves behind, and what a person sees while it works."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.loader import dump_recipe
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from configs.schema import Recipe
+from trajectories.journal import Journal, read_journal
+
+log = logging.getLogger(__name__)
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between progress lines when the output is not a terminal (`ray job submit`, CI)."""
+
+
+class RunFolder:
+    """`runs/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/,
+    demonstrations/, trajectories/ and pairs.jsonl (the preference store's), result.json, report.md."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._metrics = Journal(path / "metrics.jsonl")
+        self._episodes = Journal(path / "episodes.jsonl")
+        self._events = Journal(path / "events.jsonl")
+
+    @classmethod
+    def create(cls, recipe: Recipe, root: Path = Path("runs")) -> RunFolder:
+        """Make the folder for a new run. An earlier run of the same name is moved aside, never overwritten.
+
+        Raises OSError when the folder cannot be written.
+        """
+        path = root / recipe.name
+        if path.exists():
+            taken = [int(p.name.rsplit("~", 1)[1]) for p in root.glob(f"{recipe.name}~*")]
+            aside = root / f"{recipe.name}~{max(taken, default=0) + 1}"
+            path.rename(aside)
+            log.warning("%s exists; the earlier run is now %s", path, aside)
+        path.mkdir(parents=True)
+        dump_recipe(recipe, path / "recipe.yaml")
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def demonstrations(self) -> Path:
+        return self.path / "demonstrations"
+
+    def rollout_throughput(self) -> float:
+        """Environment steps per second over all rollouts, canaries and evaluations so far."""
+        lines = [m for m in read_journal(self.path / "metrics.jsonl") if "env_steps" in m]
+        seconds = sum(m["env_steps"] / m["env_steps_per_s"] for m in lines if m["env_steps_per_s"])
+        return round(sum(m["env_steps"] for m in lines) / seconds, 1) if seconds else 0.0
+
+    def metric(self, stage: str, **numbers: Any) -> None:
+        self._metrics.append({"time": round(time.time(), 3), "stage": stage, **numbers})
+
+    def episode(self, phase: str, round_index: int, record: dict[str, Any]) -> None:
+        self._episodes.append({"phase": phase, "round": round_index, **record})
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Record something a person should know, and say it."""
+        self._events.append({"time": round(time.time(), 3), **event})
+        log.warning("%s", " ".join(f"{key}={value}" for key, value in event.items()))
+
+    def write_json(self, name: str, value: Any) -> str:
+        """Write one JSON value on one line; returns the line."""
+        line = json.dumps(value)
+        (self.path / name).write_text(line + "\n")
+        return line
+
+
+class Bar:
+    """One progress bar; on a terminal it moves, elsewhere it prints a line every few seconds."""
+
+    def __init__(self, label: str, total: int, progress: Progress | None, task: TaskID | None) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._progress, self._task = progress, task
+        self._said = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        self._done = done
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self._said >= PLAIN_EVERY_S or done >= self._total:
+            self._said = time.monotonic()
+            log.info("%s %d/%d %s", self._label, done, self._total, note)
+
+    def advance(self, note: str = "") -> None:
+        self.update(self._done + 1, note)
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Bar]:
+    """A progress bar for `total` units of work."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Bar(label, total, None, None)
+        return
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(label, total, progress, progress.add_task(label, total=total, note=""))

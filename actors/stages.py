@@ -1,0 +1,253 @@
+"""The stages of a round. Each is handed its own part of the recipe, drives the actors, and records what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from actors.canary import canary_cells, judge
+from actors.placement import Crew
+from actors.run_folder import RunFolder, progress_bar
+from configs.schema import DemonstrationPart, GuardPart, RolloutPart, TaskPart
+from learners.checkpoint import save_checkpoint
+from trajectories.adapter_codec import adapter_to_tensors
+from trajectories.records import AdapterWeights, Cell, Trajectory
+
+DEMO_ATTEMPTS = 5
+"""Perturbed demonstrations tried per one kept, before the expert counts as unable."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """Published weights that the fleet can be sent to."""
+
+    version: int
+    content_hash: str
+    adapter: AdapterWeights | None
+    """What the learner goes back to when a later candidate fails; None is the supervised start."""
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """What a sweep over cells gave."""
+
+    success: dict[Cell, bool] = field(default_factory=dict)
+    faults: int = 0
+    env_steps: int = 0
+    wall_s: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return sum(self.success.values()) / max(len(self.success), 1)
+
+
+def training_cells(tasks: TaskPart, part: RolloutPart, round_index: int) -> list[Cell]:
+    """The cells of one round: the next `init_states_per_round` training states of every task, each
+    `samples_per_state` times with sampling seeds of the round's own. Tasks alternate, so that every rollout actor
+    meets every task early."""
+    states = tasks.train_init_states
+    first = round_index * part.init_states_per_round
+    chosen = [states[(first + k) % len(states)] for k in range(min(part.init_states_per_round, len(states)))]
+    return [
+        Cell(suite=tasks.suite, task_id=task, init_state=state, seed=1000 * (round_index + 1) + sample)
+        for state in chosen
+        for sample in range(part.samples_per_state)
+        for task in tasks.task_ids
+    ]
+
+
+def drive(
+    crew: Crew,
+    folder: RunFolder,
+    cells: Sequence[Cell],
+    *,
+    version: int,
+    temperature: float,
+    phase: str,
+    round_index: int,
+    keep: bool,
+) -> Outcomes:
+    """Drive cells with a version; with `keep`, every trajectory goes to the store before it is counted."""
+    out = Outcomes()
+    started = time.monotonic()
+
+    def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
+        return actor.rollout.options(num_returns=2).remote(
+            cell, policies=crew.policies, version=version, temperature=temperature
+        )
+
+    with progress_bar(f"{phase} v{version}", len(cells)) as bar:
+        for record, trajectory in crew.fleet.run(cells, launch):
+            if keep:
+                ray.get(crew.store.add.remote(trajectory))
+            folder.episode(phase, round_index, record)
+            out.env_steps += record["env_steps"]
+            if record["outcome"] == "fault":
+                out.faults += 1
+                folder.event(
+                    {"event": "quarantined", "cell": record["trajectory_id"], "reason": record["fault"]}
+                )
+            else:
+                out.success[_cell(record)] = record["success"]
+            bar.advance(f"success {100 * out.rate:.0f} %")
+    out.wall_s = time.monotonic() - started
+    folder.metric(
+        phase,
+        round=round_index,
+        version=version,
+        episodes=len(out.success),
+        successes=sum(out.success.values()),
+        faults=out.faults,
+        env_steps=out.env_steps,
+        env_steps_per_s=round(out.env_steps / out.wall_s, 1),
+        **_serving_stats(crew),
+    )
+    return out
+
+
+def demonstrate(
+    crew: Crew, folder: RunFolder, tasks: TaskPart, part: DemonstrationPart, *, chunk: int
+) -> list[Trajectory]:
+    """Collect `per_task` successful perturbed demonstrations of every task. A failed attempt is counted and tried
+    again with another seed. Raises RuntimeError naming the task when the expert keeps failing."""
+    kept: list[Trajectory] = []
+    missing = dict.fromkeys(tasks.task_ids, part.per_task)
+    started = time.monotonic()
+
+    def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
+        return actor.demonstration.options(num_returns=2).remote(cell, part=part, chunk=chunk)
+
+    with progress_bar("demos", sum(missing.values())) as bar:
+        for attempt in range(DEMO_ATTEMPTS):
+            cells = [
+                Cell(
+                    suite=tasks.suite,
+                    task_id=task,
+                    init_state=tasks.demo_init_states[k % len(tasks.demo_init_states)],
+                    seed=part.seed * 10_000 + attempt * 1000 + k,
+                )
+                for task, count in missing.items()
+                for k in range(count)
+            ]
+            for record, trajectory in crew.fleet.run(cells, launch):
+                folder.episode("demonstration", -1, record)
+                if record["success"]:
+                    kept.append(ray.get(trajectory))
+                    missing[record["task_id"]] -= 1
+                    bar.advance()
+            if not any(missing.values()):
+                break
+        else:
+            short = {task: count for task, count in missing.items() if count}
+            raise RuntimeError(
+                f"the scripted expert failed {DEMO_ATTEMPTS} times over; demonstrations missing per task: {short}; "
+                "lower demonstrations.noise or choose other demo_init_states"
+            )
+    folder.metric("demonstration", episodes=len(kept), wall_s=round(time.monotonic() - started, 1))
+    return sorted(kept, key=lambda t: t.cell)
+
+
+def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, total: int, **tags: Any) -> Any:
+    """Wait for long work in another actor, showing and recording what it reports."""
+    with progress_bar(label, total) as bar:
+        done: list[ray.ObjectRef] = []
+        while not done:
+            done, _ = ray.wait([ref], timeout=1.0)
+            (_, step, _, metrics), lines = ray.get(crew.monitor.pop.remote())
+            for line in lines:
+                folder.metric(line.pop("stage"), **tags, **line)
+            if lines:
+                bar.update(step, f"loss {metrics['loss']:.3f}" if "loss" in metrics else "")
+    return ray.get(ref)
+
+
+def begin_update(crew: Crew, folder: RunFolder, version: int, round_index: int) -> ray.ObjectRef:
+    """Mine pairs as of `version` and start an update on them; returns the ref of (report, adapter)."""
+    pairs, successes, counts = crew.store.mine.options(num_returns=3).remote(version)
+    folder.metric("pairs", round=round_index, version=version, **ray.get(counts))
+    return crew.learner.update.options(num_returns=1).remote(pairs, successes)
+
+
+def end_update(
+    crew: Crew,
+    folder: RunFolder,
+    update: ray.ObjectRef,
+    *,
+    good: Version,
+    steps: int,
+    round_index: int,
+) -> Version | None:
+    """Wait for an update and publish what it learned as a candidate; None when it tripped or had nothing to learn."""
+    report, adapter = follow(
+        crew, folder, update, label="learn", total=steps, round=round_index, version=good.version
+    )
+    folder.metric("learned", round=round_index, version=good.version, **report.summary())
+    if report.stopped:
+        folder.event(
+            {"event": report.stopped, "round": round_index, "version": good.version, "reason": report.reason}
+        )
+        return None
+    return publish(crew, folder, adapter, keep=[good.version])
+
+
+def publish(
+    crew: Crew, folder: RunFolder, adapter: AdapterWeights | None, *, keep: Sequence[int] = ()
+) -> Version:
+    """Publish weights under a new version, keep the adapter on disk, and tell the store the hash to expect."""
+    version, content_hash = crew.server.publish(adapter, keep=keep)
+    if adapter is not None:
+        tensors, metadata = adapter_to_tensors(adapter)
+        save_checkpoint(folder.checkpoints, f"v{version:04d}", tensors, {**metadata, "hash": content_hash})
+    ray.get(crew.store.register_version.remote(version, content_hash))
+    folder.metric("published", version=version, hash=content_hash)
+    return Version(version=version, content_hash=content_hash, adapter=adapter)
+
+
+def trial(
+    crew: Crew,
+    folder: RunFolder,
+    part: GuardPart,
+    *,
+    good: Version,
+    candidate: Version,
+    driven: Outcomes,
+    temperature: float,
+    round_index: int,
+) -> Version:
+    """Let the candidate drive the canary cells, then promote it or roll the learner back to `good`."""
+    cells = canary_cells(list(driven.success), part)
+    tried = drive(
+        crew,
+        folder,
+        cells,
+        version=candidate.version,
+        temperature=temperature,
+        phase="canary",
+        round_index=round_index,
+        keep=True,
+    )
+    verdict = judge(driven.success, tried.success, part)
+    kind = "promoted" if verdict.promoted else "rolled_back"
+    folder.event({"event": kind, "round": round_index, "version": candidate.version, **verdict.describe()})
+    if verdict.promoted:
+        return candidate
+    ray.get(crew.learner.restore.remote(good.adapter))
+    return good
+
+
+def _cell(record: dict[str, Any]) -> Cell:
+    return Cell(**{key: record[key] for key in ("suite", "task_id", "init_state", "seed")})
+
+
+def _serving_stats(crew: Crew) -> dict[str, float]:
+    stats = ray.get([policy.pop_stats.remote() for policy in crew.policies])
+    batches = sum(s["batches"] for s in stats)
+    decisions = sum(s["decisions"] for s in stats)
+    busy = sum(s["busy_s"] for s in stats)
+    if not batches:
+        return {}
+    return {"batch_fill": round(decisions / batches, 2), "act_ms": round(1000 * busy / batches, 1)}

@@ -1,0 +1,129 @@
+"""The verbs beside `train`: evaluate a finished run's policy, collect demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.loader import RecipeError, load_recipe
+from envs.protocol import held_out_cells, published_cells, wilson
+
+from actors.placement import Crew, check_fits, connect
+from actors.run_folder import RunFolder
+from actors.stages import demonstrate, drive
+from configs.schema import Recipe
+from envs.assets import resolve_assets
+from learners.checkpoint import load_checkpoint
+from trajectories.adapter_codec import adapter_from_tensors
+from trajectories.codec import save_trajectory
+from trajectories.journal import read_journal
+from trajectories.records import AdapterWeights
+
+
+def collect_demonstrations(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
+    """Run the scripted experts of a recipe; successful demonstrations go to `runs/<name>/demonstrations/`.
+
+    Returns the counts and the folder. Raises what `train` raises before its actors start.
+    """
+    with _crew(recipe, lambda: RunFolder.create(recipe, root)) as (crew, folder):
+        demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
+        for demo in demos:
+            save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
+        tried = sum(1 for _ in read_journal(folder.path / "episodes.jsonl"))
+    return {"folder": str(folder.demonstrations), "kept": len(demos), "tried": tried}
+
+
+def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str, Any]:
+    """Drive a finished run's policy over a manifest of cells; appends to the run's episodes.jsonl.
+
+    Args:
+        path: run folder.
+        version: a published version; none: the last promoted one (0 when none was).
+        manifest: `held-out` (the recipe's own) or `published` (10 tasks x 50 initial states).
+
+    Raises:
+        RecipeError: no such run, version or manifest.
+    """
+    if not (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{path} is not a run folder: it has no recipe.yaml")
+    recipe = load_recipe(path / "recipe.yaml", [])
+    if version is None:
+        version = last_promoted(path)
+    adapter = _adapter(path, version)
+    match manifest:
+        case "held-out":
+            cells = held_out_cells(recipe.tasks, recipe.evaluation.sampling_seeds)
+        case "published":
+            cells = published_cells(recipe.tasks.suite)
+        case _:
+            raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
+    with _crew(recipe, lambda: RunFolder(path)) as (crew, folder):
+        start = Path(recipe.start) if recipe.start else path
+        crew.start_serving(
+            recipe.serving,
+            policy=recipe.policy,
+            image_size=recipe.environment.image_size,
+            start_checkpoint=str((start / "checkpoints" / "start").resolve()),
+            num_shards=recipe.learner.parameter_shards,
+        )
+        published, content_hash = crew.server.publish(adapter, version=version)
+        temperature = recipe.evaluation.temperature
+        out = drive(
+            crew,
+            folder,
+            cells,
+            version=published,
+            temperature=recipe.policy.temperature if temperature is None else temperature,
+            phase=f"evaluation-{manifest}",
+            round_index=-1,
+            keep=False,
+        )
+    low, high = wilson(sum(out.success.values()), len(out.success))
+    return {
+        "run": str(path),
+        "version": version,
+        "hash": content_hash,
+        "manifest": manifest,
+        "episodes": len(out.success),
+        "success": round(out.rate, 4),
+        "wilson": [round(low, 4), round(high, 4)],
+        "faults": out.faults,
+    }
+
+
+def last_promoted(path: Path) -> int:
+    """The version in force when a run ended."""
+    promoted = [e["version"] for e in read_journal(path / "events.jsonl") if e["event"] == "promoted"]
+    return promoted[-1] if promoted else 0
+
+
+def _adapter(path: Path, version: int) -> AdapterWeights | None:
+    if version == 0:
+        return None
+    checkpoint = path / "checkpoints" / f"v{version:04d}"
+    if not checkpoint.is_dir():
+        held = sorted(p.name for p in (path / "checkpoints").glob("v*"))
+        raise RecipeError(
+            f"{path} holds no version {version}; it has the start and {', '.join(held) or 'no others'}"
+        )
+    tensors, metadata = load_checkpoint(checkpoint)
+    return adapter_from_tensors(tensors, metadata)
+
+
+@contextmanager
+def _crew(recipe: Recipe, make_folder: Callable[[], RunFolder]) -> Iterator[tuple[Crew, RunFolder]]:
+    """A fleet of rollout actors and the run folder they report to."""
+    assets = resolve_assets(recipe.environment.assets)
+    connect()
+    check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
+    folder = make_folder()
+    crew = Crew()
+    try:
+        crew.start_fleet(
+            recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event
+        )
+        yield crew, folder
+    finally:
+        crew.dismiss()

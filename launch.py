@@ -1,0 +1,132 @@
+"""Pairloom's command line: `python launch.py [train|evaluate|collect|compare|assets] ...`.
+
+Without a verb it trains the quickstart recipe. Start it on a cluster with
+`ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from actors.fingerprints import describe_assets
+from configs.describe import describe_recipe
+from configs.loader import RecipeError, load_recipe
+from envs.protocol import compare_episodes
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from actors.pipeline import train as run_training
+from actors.placement import PlacementError
+from actors.verbs import collect_demonstrations, evaluate_run
+from envs.assets import AssetError, check_pack, resolve_assets
+from learners.checkpoint import CheckpointError
+
+app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
+
+QUICKSTART = Path("configs/quickstart.yaml")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as part.key=value")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a person can mend into one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except (RecipeError, PlacementError, AssetError, CheckpointError, OSError) as error:
+        typer.echo(f"pairloom: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def fields_help() -> str:
+    """Every recipe field with its default and meaning, one paragraph each."""
+    lines = (f"{path} ({kind}, default {default}): {text}" for path, kind, default, text in describe_recipe())
+    return "Recipe fields:\n\n" + "\n\n".join(lines)
+
+
+@app.callback(invoke_without_command=True, help=__doc__, epilog=fields_help())
+def main(context: typer.Context) -> None:
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, markup=False)],
+        force=True,
+    )
+    if context.invoked_subcommand is None:
+        train(QUICKSTART, None)
+
+
+@app.command(epilog=fields_help())
+def train(recipe: RecipeArgument = QUICKSTART, overrides: Overrides = None) -> None:
+    """Run a recipe: supervised start, online rounds, evaluation, report."""
+    with one_line_errors():
+        result = run_training(load_recipe(recipe, overrides or []))
+    typer.echo(json.dumps(result))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    version: Annotated[
+        int | None, typer.Option(help="version to evaluate; default: the last promoted")
+    ] = None,
+    manifest: Annotated[str, typer.Option(help="held-out, or published (10 tasks x 50 states)")] = "held-out",
+) -> None:
+    """Drive a finished run's policy over a manifest of cells; prints rates with Wilson intervals."""
+    with one_line_errors():
+        result = evaluate_run(run, version=version, manifest=manifest)
+    typer.echo(json.dumps(result))
+
+
+@app.command()
+def collect(recipe: RecipeArgument = QUICKSTART, overrides: Overrides = None) -> None:
+    """Collect the recipe's scripted demonstrations into runs/<name>/demonstrations/."""
+    with one_line_errors():
+        result = collect_demonstrations(load_recipe(recipe, overrides or []))
+    typer.echo(json.dumps(result))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="run folder, or a JSON-lines file of episodes")],
+    after: Annotated[Path, typer.Argument(help="run folder, or a JSON-lines file of episodes")],
+) -> None:
+    """Compare two runs on the cells both evaluated: rates, Wilson intervals, exact McNemar."""
+    with one_line_errors():
+        comparison = compare_episodes(before, after)
+    table = Table(title=f"{before} -> {after}")
+    for column in ("task", "episodes", "before", "after", "better", "worse"):
+        table.add_column(column, justify="right")
+    for row in comparison.rows():
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+    typer.echo(json.dumps(comparison.summary()))
+
+
+@app.command()
+def assets(
+    path: Annotated[
+        str | None, typer.Argument(help="folder to use; none: cache, Hub, then stand-ins")
+    ] = None,
+) -> None:
+    """Say which LIBERO assets are in force, build the stand-ins if need be, and check them."""
+    with one_line_errors():
+        resolved = resolve_assets(path)
+    typer.echo(describe_assets(resolved))
+    problems = check_pack(resolved.path)
+    for problem in problems:
+        typer.echo(f"  {problem}")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    app()
