@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from learners.checkpoint import load_tensors, tensor_sizes
+from learners.checkpoint import CheckpointReader
 from policies.merging import merge
 from trajectories.hashing import root_hash, tensor_hash
 from trajectories.records import AdapterWeights, WeightSnapshot
@@ -39,8 +39,9 @@ class ShardServer:
     """One share of the weights. Holds the pristine base for its names and the newest merged versions."""
 
     def __init__(self, *, start_checkpoint: str, index: int, num_shards: int) -> None:
-        names = assign_shards(tensor_sizes(start_checkpoint), num_shards)[index]
-        self._base: dict[str, np.ndarray] = load_tensors(start_checkpoint, names)
+        reader = CheckpointReader(start_checkpoint)
+        names = assign_shards(reader.sizes(), num_shards)[index]
+        self._base: dict[str, np.ndarray] = {name: reader.tensor(name) for name in names}
         self._versions: dict[int, tuple[ray.ObjectRef, dict[str, str]]] = {}
 
     def publish(self, version: int, adapter: AdapterWeights | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,36 +208,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def tensor_sizes(path: str | Path) -> dict[str, int]:
-    """Tensor name -> bytes, read from the header alone. Raises CheckpointError."""
-    path = Path(path)
-    verify(path)
-    with safe_open(path / TENSORS, framework="numpy") as file:
-        return {
-            name: int(np.prod(file.get_slice(name).get_shape(), dtype=np.int64)) * _ITEM_BYTES[dtype]
-            for name in file.keys()  # noqa: SIM118  (a safe_open handle is not a mapping)
-            if (dtype := file.get_slice(name).get_dtype())
-        }
-
-
-def load_tensors(path: str | Path, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Only these tensors of a checkpoint already verified by `tensor_sizes`, so that a process which owns a share
-    never holds the rest."""
-    with safe_open(Path(path) / TENSORS, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in names}
-
-
-_ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
