@@ -1,0 +1,57 @@
+"""Success counts with their 95 % Wilson intervals, grouped the ways the report shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scipy.stats import binomtest
+
+from dashboard.run_folder import Episode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """k successes in n episodes, n >= 1. Faults count as failures."""
+
+    successes: int
+    episodes: int
+
+    @property
+    def value(self) -> float:
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson score interval (Wilson 1927), each bound in [0, 1]."""
+        ci = binomtest(self.successes, self.episodes).proportion_ci(confidence_level=0.95, method="wilson")
+        return float(ci.low), float(ci.high)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flips:
+    """Held-out cells that two versions both drove, by who succeeded."""
+
+    gained: int
+    """Failed before, succeeds after."""
+    lost: int
+    """Succeeded before, fails after."""
+    cells: int
+
+
+def rate_of(episodes: Iterable[Episode]) -> Rate | None:
+    """Successes over these episodes; none when there are no episodes."""
+    outcomes = [episode.success for episode in episodes]
+    return Rate(successes=sum(outcomes), episodes=len(outcomes)) if outcomes else None
+
+
+def flips(before: Iterable[Episode], after: Iterable[Episode]) -> Flips:
+    """Pairs two versions' episodes by cell (suite, task, initial state, seed)."""
+    old = {episode.cell: episode.success for episode in before}
+    new = {episode.cell: episode.success for episode in after}
+    shared = old.keys() & new.keys()
+    return Flips(
+        gained=sum(new[cell] and not old[cell] for cell in shared),
+        lost=sum(old[cell] and not new[cell] for cell in shared),
+        cells=len(shared),
+    )

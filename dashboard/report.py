@@ -1,0 +1,275 @@
+"""The report of a run: one markdown page that says what happened, with plots and videos. Reads the run folder only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dashboard.plots import plot_margins, plot_pairs, plot_success
+from dashboard.rates import Rate, flips, rate_of
+from dashboard.run_folder import Run, read_run
+from dashboard.videos import Contrast, find_contrasts, write_strip, write_video
+
+MAX_VIDEOS = 3
+STAND_IN_WARNING = (
+    "The simulator drew and simulated procedural stand-in assets, not LIBERO's own. Results on stand-ins are "
+    "comparable with each other and **not comparable with published tables**."
+)
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes `report.md`, `plots/*.png` and `videos/*` into the run folder, from the files the run left there.
+
+    A run that did not finish gets a report of what there is.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        FileNotFoundError: this is not a run folder.
+        ValueError: one of its files is damaged; the message names it.
+    """
+    run = read_run(run_folder)
+    plot_success(run, run_folder / "plots" / "success.png")
+    plot_pairs(run, run_folder / "plots" / "pairs.png")
+    plot_margins(run, run_folder / "plots" / "margins.png")
+    contrasts = find_contrasts(run, MAX_VIDEOS)
+    for contrast in contrasts:
+        write_video(contrast, run_folder / "videos" / f"{contrast.name}.mp4")
+        write_strip(contrast, run_folder / "videos" / f"{contrast.name}.png")
+    sections = (
+        _result(run),
+        _story(run),
+        _success(run),
+        _learning(run),
+        _contrasts(contrasts),
+        _faults(run),
+        _stack(run),
+    )
+    report = run_folder / "report.md"
+    report.write_text("\n\n".join("\n".join(section) for section in sections) + "\n")
+    return report
+
+
+def _result(run: Run) -> list[str]:
+    tasks = run.recipe["tasks"]
+    lines = [f"# Run `{run.recipe['name']}`", ""]
+    ids = ", ".join(str(task_id) for task_id in tasks["task_ids"])
+    where = f"{tasks['suite']}, task{'s' if len(tasks['task_ids']) > 1 else ''} {ids}"
+    if not run.result:
+        return [*lines, f"**This run did not finish:** it left no result. {where}."]
+    result = run.result
+    before, after, p = result["success_before"], result["success_after"], result["mcnemar_p"]
+    lines += [
+        f"**Held-out success {_percent(before)} -> {_percent(after)}** ({_verdict(before, after, p)})",
+        "",
+        f"{where}; {result['held_out_episodes']} held-out episodes, the same cells before and after.",
+        f"95 % Wilson intervals: {_interval(result['wilson_before'])} before, "
+        f"{_interval(result['wilson_after'])} after. Exact McNemar test on the paired cells: p {_p(p)}.",
+        f"{_duration(result['wall_s'])} in all; {result['env_steps_per_s']:.0f} simulator steps per second.",
+    ]
+    if _stands_in(run):
+        lines += ["", f"> {STAND_IN_WARNING}"]
+    return lines
+
+
+def _verdict(before: float, after: float, p: float) -> str:
+    if p >= 0.05:
+        return "no significant difference on this many episodes"
+    return "a significant improvement" if after > before else "significantly worse"
+
+
+def _story(run: Run) -> list[str]:
+    lines = ["## What happened", ""]
+    demos = sum(episode.success for episode in run.phase("demonstration"))
+    if demos:
+        lines.append(f"* Supervised start on {demos} scripted demonstrations: version 0.")
+    for index, numbers in sorted(run.rounds().items()):
+        lines.append(f"* **Round {index}.** {_round_sentence(run, index, numbers)}")
+    events = run.occurrences("promoted", "rolled_back", "tripped")
+    serving = max((e["version"] for e in events if e["event"] == "promoted"), default=0)
+    stopped = Counter(str(e["event"]) for e in events if e["event"] != "promoted")
+    kept = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in sorted(stopped.items())) or "none refused"
+    promoted = len(events) - sum(stopped.values())
+    lines.append(f"* {promoted} new versions promoted, {kept}. **The fleet ends on version {serving}.**")
+    return lines
+
+
+_KINDS = {"rolled_back": "rolled back by the canary", "tripped": "stopped by the tripwire"}
+
+
+def _round_sentence(run: Run, index: int, numbers: Mapping[str, Any]) -> str:
+    parts = []
+    rollouts = [episode for episode in run.phase("rollout") if episode.round == index]
+    rate = rate_of(rollouts)
+    if rate is not None:
+        versions = ", ".join(str(v) for v in sorted({e.policy_version for e in rollouts}))
+        parts.append(f"{rate.episodes} rollouts of version {versions}, {_percent(rate.value)} successful.")
+    if "pairs" in numbers:
+        parts.append(
+            f"{numbers['pairs']} pairs from {numbers['states']} initial states, of which "
+            f"{numbers['states_all_success']} gave only successes and {numbers['states_all_failure']} only failures."
+        )
+    parts += [_fate(event) for event in run.events if event.get("round") == index]
+    return " ".join(part for part in parts if part)
+
+
+def _fate(event: Mapping[str, Any]) -> str:
+    """What an event decided about a new version, in a sentence; empty for events that decide nothing."""
+    match event["event"]:
+        case "promoted":
+            return f"Version {event['version']} was **promoted**: {_canary(event)}."
+        case "rolled_back":
+            return f"Version {event['version']} was **rolled back** by the canary: {_canary(event)}."
+        case "tripped":
+            return (
+                f"The update was **stopped by the tripwire**: {event['reason']}. The fleet kept its version."
+            )
+        case "promoted_untried" | "starved" | "no_pairs":
+            return f"No new version: {event.get('reason', 'nothing to learn from')}."
+    return ""
+
+
+def _canary(event: Mapping[str, Any]) -> str:
+    return (
+        f"{event['after']} successes on {event['cells']} canary cells against {event['before']} of the version in "
+        f"force (one-sided McNemar test of being worse: p {_p(event['p_worse'])})"
+    )
+
+
+def _success(run: Run) -> list[str]:
+    lines = ["## Success by task and version", "", "![Success by task and version](plots/success.png)", ""]
+    versions, episodes = run.evaluated_versions(), run.phase("evaluation")
+    if not versions:
+        return [*lines, "No held-out episodes."]
+    heads = [f"version {version}" for version in versions]
+    lines += [_row("task", *heads, "gained", "lost"), _row(*["---"] * (len(versions) + 3))]
+    groups = [
+        (f"{suite} {task_id}", [e for e in episodes if e.task == (suite, task_id)])
+        for suite, task_id in run.tasks()
+    ]
+    for name, group in [*groups, ("**all**", episodes)]:
+        by_version = [[e for e in group if e.policy_version == version] for version in versions]
+        change = flips(by_version[0], by_version[-1])
+        lines.append(
+            _row(name, *[_rate(rate_of(part)) for part in by_version], str(change.gained), str(change.lost))
+        )
+    lines += [
+        "",
+        "Successes / episodes, rate and 95 % Wilson interval; a fault counts as a failure. Gained and lost: held-out "
+        f"cells that changed from version {versions[0]} to version {versions[-1]}.",
+    ]
+    return lines
+
+
+def _learning(run: Run) -> list[str]:
+    lines = [
+        "## Pairs and learning",
+        "",
+        "![Pairs mined](plots/pairs.png)",
+        "",
+        "![Margins](plots/margins.png)",
+        "",
+    ]
+    if not any(numbers.get("pairs") for numbers in run.rounds().values()):
+        lines += ["No pairs were mined: no initial state gave both a success and a failure.", ""]
+    columns = (
+        ("rollouts", "episodes", 0),
+        ("successes", "successes", 0),
+        ("pairs", "pairs", 0),
+        ("env steps/s", "env_steps_per_s", 1),
+        ("decisions per batch", "batch_fill", 1),
+        ("ms per batch", "act_ms", 1),
+    )
+    lines += [_row("round", *[head for head, _, _ in columns]), _row(*["---:"] * (len(columns) + 1))]
+    for index, numbers in sorted(run.rounds().items()):
+        cells = [_number(numbers.get(key), digits) for _, key, digits in columns]
+        lines.append(_row(str(index), *cells))
+    return lines
+
+
+def _contrasts(contrasts: Sequence[Contrast]) -> list[str]:
+    lines = ["## A success and a failure from the same initial state", ""]
+    if not contrasts:
+        return [*lines, "No initial state has both among the stored trajectories."]
+    for contrast in contrasts:
+        lines += [
+            f"**{contrast.title}**: [video](videos/{contrast.name}.mp4)",
+            "",
+            f"![{contrast.title}](videos/{contrast.name}.png)",
+            "",
+        ]
+    return lines[:-1]
+
+
+def _faults(run: Run) -> list[str]:
+    lines = ["## Faults and restarts", ""]
+    reasons = Counter(episode.fault for episode in run.episodes if episode.outcome == "fault")
+    for reason, count in reasons.most_common(10):
+        lines.append(f"* {count} episode{'s' if count > 1 else ''} quarantined: {reason}")
+    others = Counter(
+        str(event["event"])
+        for event in run.events
+        if event["event"] not in ("promoted", "rolled_back", "quarantined")
+    )
+    lines += [f"* {name.replace('_', ' ')}: {count}" for name, count in sorted(others.items())]
+    if len(lines) == 2:
+        lines.append("None: no episode was quarantined, no actor restarted.")
+    return lines
+
+
+def _stack(run: Run) -> list[str]:
+    lines = ["## The stack", ""]
+    if not run.fingerprint:
+        return [*lines, "No fingerprint was written."]
+    lines += [_row("", ""), _row("---", "---")]
+    for name, value in _flat(run.fingerprint):
+        lines.append(_row(name, f"`{value}`"))
+    return [*lines, "", "The recipe as it was resolved: [recipe.yaml](recipe.yaml)."]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def _stands_in(run: Run) -> bool:
+    return "stand-in" in str(run.result.get("assets", ""))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "-"
+    return f"{rate.successes}/{rate.episodes} = {_percent(rate.value)} ({_interval(rate.interval)})"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+
+
+def _p(value: float) -> str:
+    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

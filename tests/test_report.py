@@ -1,0 +1,265 @@
+"""The report of a run, from a run folder laid out as the pipeline leaves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+from dashboard.rates import Rate
+from dashboard.report import write_report
+from dashboard.run_folder import read_run
+from dashboard.videos import FRAMES_PER_SECOND, HOLD_FRAMES
+from trajectories.codec import episode_record, save_trajectory
+from trajectories.journal import Journal
+from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
+
+TASKS = (0, 2)
+INSTRUCTIONS = {0: "pick up the alphabet soup and place it in the basket", 2: "pick up the salad dressing"}
+RESULT = {
+    "suite": "libero_object",
+    "task_ids": [0, 2],
+    "assets": "stand-in",
+    "held_out_episodes": 20,
+    "success_before": 0.4,
+    "success_after": 0.8,
+    "wilson_before": [0.219, 0.613],
+    "wilson_after": [0.584, 0.919],
+    "mcnemar_p": 0.0078,
+    "env_steps_per_s": 153.4,
+    "wall_s": 754.2,
+}
+
+
+def trajectory(
+    task: int, state: int, seed: int, *, success: bool, version: int, decisions: int
+) -> Trajectory:
+    """An episode whose camera sees a block slide over a table."""
+    steps = []
+    for index in range(decisions):
+        image = np.full((32, 32, 3), (214, 198, 170), np.uint8)
+        image[20:, :] = (150, 120, 90)
+        image[14:20, index : index + 6] = (200, 40, 40) if success else (60, 60, 60)
+        steps.append(
+            Decision(
+                observation=Observation(
+                    agentview=image,
+                    wrist=image,
+                    proprio=np.zeros(8, np.float32),
+                    instruction=INSTRUCTIONS[task],
+                ),
+                sample=ActionSample(
+                    actions=np.zeros((8, 7), np.float32),
+                    model_chunk=np.zeros(56, np.int64),
+                    logps=np.zeros(56, np.float32),
+                ),
+                executed=8,
+            )
+        )
+    return Trajectory(
+        cell=Cell(suite="libero_object", task_id=task, init_state=state, seed=seed),
+        decisions=tuple(steps),
+        outcome="success" if success else "timeout",
+        env_steps=8 * decisions,
+        policy_version=version,
+        policy_hash=f"hash{version}",
+    )
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    with Journal(path) as journal:
+        journal.extend(lines)
+
+
+def evaluation_lines(version: int, successes: int) -> list[dict[str, Any]]:
+    """10 held-out episodes of each task, of which the first `successes` succeed."""
+    episodes = [
+        trajectory(task, 40 + k, 0, success=k < successes, version=version, decisions=1)
+        for task in TASKS
+        for k in range(10)
+    ]
+    return [{"phase": "evaluation", "round": -1, **episode_record(e)} for e in episodes]
+
+
+def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fault: str = "") -> Path:
+    """A two-round run: version 0 evaluated at 40 %, version 1 at 80 %; task 0 has a stored success and failure."""
+    folder.mkdir()
+    recipe = {
+        "name": "toy",
+        "tasks": {"suite": "libero_object", "task_ids": list(TASKS)},
+        "guard": {"chosen_drop": 0.5},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "fingerprint.json").write_text(json.dumps({"mujoco": "3.3.2", "frames": {"0": "abc123"}}))
+    (folder / "result.json").write_text(json.dumps(RESULT) + "\n")
+    rollouts = [
+        trajectory(0, 3, 1000, success=True, version=0, decisions=9),
+        trajectory(0, 3, 1001, success=pairs == 0, version=0, decisions=14),
+        trajectory(2, 5, 1000, success=False, version=0, decisions=4),
+    ]
+    (folder / "store").mkdir()
+    for episode in rollouts:
+        save_trajectory(folder / "store" / f"{episode.trajectory_id}.traj", episode)
+    lines = [{"phase": "rollout", "round": 0, **episode_record(e)} for e in rollouts]
+    if fault:
+        lines.append(lines[2] | {"seed": 1001, "outcome": "fault", "fault": fault})
+    write_lines(folder / "episodes.jsonl", lines + evaluation_lines(0, 4) + evaluation_lines(1, 8))
+    counts = {"pairs": pairs, "states": 10, "states_all_success": 2, "states_all_failure": 3}
+    metrics = [
+        {
+            "stage": "rollout",
+            "round": 0,
+            "version": 0,
+            "episodes": 40,
+            "successes": 17,
+            "env_steps_per_s": 150.5,
+        },
+        {"stage": "pairs", "round": 0, "version": 0, **counts},
+    ]
+    for step in range(1, 11):
+        reward = {"margin": 0.02 * step, "chosen_reward": 0.012 * step, "rejected_reward": -0.008 * step}
+        metrics.append(
+            {
+                "stage": "update",
+                "round": 0,
+                "version": 0,
+                "step": step,
+                "chosen_logratio": 0.01 * step,
+                **reward,
+            }
+        )
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "events.jsonl", events)
+    return folder
+
+
+PROMOTED = {
+    "event": "promoted",
+    "round": 0,
+    "version": 1,
+    "cells": 40,
+    "before": 17,
+    "after": 26,
+    "p_worse": 0.98,
+}
+
+
+def assert_drawn(path: Path) -> None:
+    """The PNG opens, and is neither empty nor of one colour."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert min(pixels.shape[:2]) > 150
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "toy", events=[PROMOTED])
+    report = write_report(folder)
+    assert report == folder / "report.md"
+    text = report.read_text()
+    assert "**Held-out success 40.0 % -> 80.0 %** (a significant improvement)" in text
+    assert "21.9 to 61.3 % before, 58.4 to 91.9 % after" in text
+    assert "p = 0.0078" in text
+    assert "12 min 34 s in all; 153 simulator steps per second" in text
+    assert "not comparable with published tables" in text
+    assert "7 pairs from 10 initial states, of which 2 gave only successes and 3 only failures" in text
+    assert "Version 1 was **promoted**: 26 successes on 40 canary cells against 17" in text
+    assert "**The fleet ends on version 1.**" in text
+    # k=4 of 10: the interval is Wilson's, (0.168, 0.687) by his formula.
+    assert (
+        "| libero_object 0 | 4/10 = 40.0 % (16.8 to 68.7 %) | 8/10 = 80.0 % (49.0 to 94.3 %) | 4 | 0 |"
+        in text
+    )
+    assert "None: no episode was quarantined" in text
+    assert "| mujoco | `3.3.2` |" in text
+    assert "| frames.0 | `abc123` |" in text
+
+
+def test_plots_and_video_are_written_and_not_blank(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "toy", events=[PROMOTED])
+    text = write_report(folder).read_text()
+    for name in ("success", "pairs", "margins"):
+        assert_drawn(folder / "plots" / f"{name}.png")
+        assert f"(plots/{name}.png)" in text
+    name = "libero_object-task0-state3"
+    assert_drawn(folder / "videos" / f"{name}.png")
+    assert f"[video](videos/{name}.mp4)" in text
+    with imageio.get_reader(folder / "videos" / f"{name}.mp4") as video:
+        frames = [np.asarray(frame) for frame in video]
+        assert video.get_meta_data()["fps"] == FRAMES_PER_SECOND
+    assert len(frames) == 14 + HOLD_FRAMES
+    assert frames[0].shape == (416, 688, 3)
+    left, right = frames[-1][80:400, 16:336], frames[-1][80:400, 352:672]
+    assert np.abs(left.astype(int) - frames[8][80:400, 16:336]).mean() < 2, (
+        "the shorter side holds its last frame"
+    )
+    assert np.abs(right.astype(int) - frames[8][80:400, 352:672]).mean() > 2, "the longer side goes on"
+
+
+def test_a_rollback_is_told(tmp_path: Path) -> None:
+    verdict = PROMOTED | {"event": "rolled_back", "after": 2, "p_worse": 0.00001}
+    text = write_report(write_run(tmp_path / "toy", events=[verdict])).read_text()
+    assert (
+        "Version 1 was **rolled back** by the canary: 2 successes on 40 canary cells against 17 of the version in "
+        "force (one-sided McNemar test of being worse: p < 0.0001)."
+    ) in text
+    assert "0 new versions promoted, 1 rolled back by the canary. **The fleet ends on version 0.**" in text
+
+
+def test_a_tripped_update_is_told(tmp_path: Path) -> None:
+    event = {
+        "event": "tripped",
+        "round": 0,
+        "version": 0,
+        "reason": "chosen log-prob fell 0.61 nats per token",
+    }
+    text = write_report(write_run(tmp_path / "toy", events=[event])).read_text()
+    assert "**stopped by the tripwire**: chosen log-prob fell 0.61 nats per token" in text
+    assert "1 stopped by the tripwire. **The fleet ends on version 0.**" in text
+
+
+def test_no_pairs_and_no_contrast(tmp_path: Path) -> None:
+    text = write_report(write_run(tmp_path / "toy", events=[], pairs=0)).read_text()
+    assert "No pairs were mined" in text
+    assert "No initial state has both among the stored trajectories." in text
+    assert not (tmp_path / "toy" / "videos").exists()
+
+
+def test_faults_and_restarts_are_counted(tmp_path: Path) -> None:
+    restart = {"event": "actor_restarted", "actor": 1}
+    folder = write_run(tmp_path / "toy", events=[PROMOTED, restart, restart], fault="InvalidActionError: nan")
+    text = write_report(folder).read_text()
+    assert "* 1 episode quarantined: InvalidActionError: nan" in text
+    assert "* actor restarted: 2" in text
+
+
+def test_an_unfinished_run_gets_a_report_of_what_there_is(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("name: toy\ntasks: {suite: libero_goal, task_ids: [1]}\n")
+    text = write_report(folder).read_text()
+    assert "**This run did not finish:** it left no result. libero_goal, task 1." in text
+    assert "No held-out episodes." in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no recipe\.yaml"):
+        write_report(tmp_path)
+
+
+def test_an_episode_written_twice_counts_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "toy", events=[])
+    path = folder / "episodes.jsonl"
+    path.write_text(path.read_text() * 2)
+    assert len(read_run(folder).episodes) == 3 + 40
+
+
+def test_wilson_interval() -> None:
+    # Wilson's formula by hand for 0 of 10: upper bound z^2 / (n + z^2) = 3.8415 / 13.8415.
+    low, high = Rate(successes=0, episodes=10).interval
+    assert low == pytest.approx(0.0, abs=1e-12)
+    assert high == pytest.approx(0.27754, abs=1e-5)
