@@ -57,8 +57,16 @@ class Policy(Protocol):
         """Environment-space actions float [K, 7] -> model-space chunk (for demonstrations)."""
         ...
 
-    def score(self, batch: DecisionBatch) -> torch.Tensor:
-        """Per-element log-probabilities at temperature 1, float32 [B, L], differentiable. Exact for tokens."""
+    def encode_images(self, batch: DecisionBatch) -> torch.Tensor:
+        """Image tokens [B, N, D] for `score`, of the batch's two images alone: constant while only the decoder
+        is adapted, so they may be computed once per decision and kept."""
+        ...
+
+    def score(self, batch: DecisionBatch, image_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Per-element log-probabilities at temperature 1, float32 [B, L], differentiable. Exact for tokens.
+
+        With `image_tokens` from `encode_images` the batch's images are not looked at.
+        """
         ...
 
     def load(self, snapshot: WeightSnapshot) -> None:
