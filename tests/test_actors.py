@@ -1,0 +1,154 @@
+"""The parts of the actor room that need no simulator; where they need a cluster, it is a real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.canary import canary_cells, judge
+from actors.fleet import Fleet
+from actors.parameter_server import ParameterServer, assign_shards, pull_snapshot
+from actors.placement import PlacementError, check_fits, connect
+from actors.rollout import decision_seed
+from actors.stages import training_cells
+from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart, TaskPart
+from learners.checkpoint import save_checkpoint
+from trajectories.hashing import weights_hash
+from trajectories.records import AdapterWeights, Cell
+
+
+def cell(state: int, seed: int = 0, task: int = 0) -> Cell:
+    return Cell(suite="libero_object", task_id=task, init_state=state, seed=seed)
+
+
+def test_shards_hold_every_tensor_once_and_weigh_the_same() -> None:
+    sizes = {"a": 50, "b": 30, "c": 20, "d": 20, "e": 0}
+    shards = assign_shards(sizes, 2)
+    assert sorted(name for shard in shards for name in shard) == ["a", "b", "c", "d", "e"]
+    assert [sum(sizes[n] for n in shard) for shard in shards] == [70, 50]
+    assert assign_shards({"a": 1}, 3) == [["a"], [], []]
+
+
+def test_training_cells_walk_through_the_states_and_never_repeat_a_seed() -> None:
+    tasks = TaskPart(
+        suite="libero_object",
+        task_ids=(0, 8),
+        demo_init_states=(0,),
+        train_init_states=(0, 1, 2),
+        held_out_init_states=(40,),
+    )
+    part = RolloutPart(init_states_per_round=2, samples_per_state=2)
+    first, second = training_cells(tasks, part, 0), training_cells(tasks, part, 1)
+    assert len(first) == 2 * 2 * 2
+    assert {c.init_state for c in first} == {0, 1}
+    assert {c.init_state for c in second} == {2, 0}
+    assert not set(first) & set(second)
+    assert [c.task_id for c in first[:4]] == [0, 8, 0, 8]
+
+
+def test_decision_seeds_depend_on_the_cell_and_the_index_alone() -> None:
+    assert decision_seed(cell(3), 5) == decision_seed(cell(3), 5)
+    assert len({decision_seed(cell(s), i) for s in range(5) for i in range(5)}) == 25
+
+
+def test_canary_takes_whole_initial_states_from_every_task() -> None:
+    driven = [cell(s, seed, task) for task in (0, 1) for s in range(5) for seed in range(4)]
+    chosen = canary_cells(driven, GuardPart(canary_episodes=16))
+    assert len(chosen) == 16
+    assert {(c.task_id, c.init_state) for c in chosen} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert canary_cells(driven, GuardPart(canary_episodes=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("after", "promoted", "p_worse"),
+    [
+        ([True] * 8 + [False] * 8, True, 1.0),  # nothing changed
+        ([False] * 16, False, 1 / 256),  # eight cells lost, none gained: (1/2)^8
+        ([False] * 4 + [True] * 4 + [False] * 8, True, 1 / 16),  # four lost: not yet significant
+        ([True] * 16, True, 1.0),  # all gained
+    ],
+)
+def test_canary_verdict(after: list[bool], promoted: bool, p_worse: float) -> None:
+    cells = [cell(i) for i in range(16)]
+    before = dict(zip(cells, [True] * 8 + [False] * 8, strict=True))
+    verdict = judge(before, dict(zip(cells, after, strict=True)), GuardPart())
+    assert verdict.promoted is promoted
+    assert verdict.p_worse == pytest.approx(p_worse)
+    assert verdict.before == 8
+
+
+@pytest.fixture(scope="module")
+def cluster() -> None:
+    connect()
+
+
+@pytest.mark.ray
+def test_more_gpus_than_exist_is_one_clear_line(cluster: None) -> None:
+    with pytest.raises(PlacementError, match=r"asks for 4 GPUs and the cluster has 0; lower serving"):
+        check_fits(rollouts=RolloutPart(), serving=ServingPart(gpus_per_actor=4), learner=LearnerPart())
+
+
+@pytest.mark.ray
+def test_shards_merge_from_the_pristine_base_and_agree_on_the_hash(cluster: None, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = {"layer.weight": rng.normal(size=(6, 4)).astype(np.float32), "bias": np.ones(5, np.float32)}
+    save_checkpoint(tmp_path, "start", base, {})
+    server = ParameterServer(start_checkpoint=str(tmp_path / "start"), num_shards=2)
+    version, content_hash = server.publish(None)
+    assert (version, content_hash) == (0, weights_hash(base))
+    factors = {
+        "layer": {"A": np.ones((2, 4), np.float32), "B": np.full((6, 2), 0.5, np.float32)},
+    }
+    adapter = AdapterWeights(method="lora", scaling=2.0, base_hash=content_hash, factors=factors)
+    for expected in (1, 2):
+        version, content_hash = server.publish(adapter, keep=[0])
+        snapshot = pull_snapshot(server.shards, version)
+        assert version == expected
+        # s B A = 2 * (0.5 + 0.5): the second merge starts from the base again, not from the first
+        np.testing.assert_allclose(snapshot.tensors["layer.weight"], base["layer.weight"] + 2.0, rtol=1e-6)
+        assert snapshot.content_hash == content_hash == weights_hash(snapshot.tensors)
+    np.testing.assert_array_equal(pull_snapshot(server.shards, 0).tensors["bias"], base["bias"])
+    with pytest.raises(KeyError, match="version 1 is not held"):
+        pull_snapshot(server.shards, 1)
+
+
+@ray.remote
+class Worker:
+    """A rollout actor's shell around nothing: episodes that die or hang on demand."""
+
+    def work(self, cell: Cell, marks: str) -> tuple[dict[str, Any], str]:
+        first_time = not (Path(marks) / cell.key.replace("/", "_")).exists()
+        (Path(marks) / cell.key.replace("/", "_")).touch()
+        if cell.init_state == 1 and first_time:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if cell.init_state == 2 and first_time:
+            time.sleep(1000)
+        if cell.init_state == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"cell": cell.key}, cell.key
+
+
+@pytest.mark.ray
+def test_fleet_replaces_the_dead_and_the_hung_and_loses_no_cell(cluster: None, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    workers = [Worker.options(num_cpus=0.1, max_restarts=-1).remote() for _ in range(2)]  # type: ignore[attr-defined]
+    fleet = Fleet(workers, slots=1, timeout_s=15.0, on_event=events.append)
+    cells = [cell(s) for s in range(8)]
+    done = [
+        record["cell"]
+        for record, _ in fleet.run(
+            cells, lambda actor, c: actor.work.options(num_returns=2).remote(c, str(tmp_path))
+        )
+    ]
+    assert sorted(done) == sorted(c.key for c in cells if c.init_state != 3)
+    assert [e["cell"] for e in events if e["event"] == "quarantined"] == [cell(3).key]
+    assert [e["reason"] for e in events if e["event"] == "actor_restarted"] == [
+        "an episode took longer than 15 s"
+    ]
