@@ -200,6 +200,7 @@ def test_an_episode_record_is_one_flat_json_line() -> None:
         "env_steps": 10,
         "policy_version": 2,
         "policy_hash": "c0ffee",
+        "trajectory_id": "55da8c962c45229ae6cbf754",
         "arm": "dpo-dora",
         "training_seed": 1,
     }

@@ -172,6 +172,7 @@ def episode_record(trajectory: Trajectory, **extra: object) -> dict[str, object]
         "env_steps": int(trajectory.env_steps),
         "policy_version": int(trajectory.policy_version),
         "policy_hash": trajectory.policy_hash,
+        "trajectory_id": trajectory.trajectory_id,
     }
     taken = sorted(record.keys() & extra.keys())
     if taken:

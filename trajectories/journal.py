@@ -62,7 +62,7 @@ class Journal:
         self.extend([record])
 
     def extend(self, records: Iterable[Mapping[str, object]]) -> None:
-        """Write all the records with one call and at most one flush; none of them if it raises as `append`."""
+        """Write all records with one call and at most one flush; none of them if it raises as `append`."""
         if self._file < 0:
             raise JournalError(f"{self.path}: the journal is closed")
         try:
