@@ -1,0 +1,122 @@
+"""The network of a token policy: vision towers, projector and Llama decoder, laid out as in OpenVLA
+(arXiv 2406.09246), with a second camera, a proprioception token and action chunks (OpenVLA-OFT, arXiv
+2502.19645).
+
+Letters: B decisions, N image tokens of both cameras, T prompt tokens, L action tokens of a chunk, D decoder
+width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from configs.schema import DecoderPart
+from policies.protocol import DecisionBatch
+from policies.vision import Projector, VisionBackbone
+from trajectories.records import PROPRIO_DIM
+
+# Round figures for LIBERO's Panda: reach in metres, the gripper pointing down (axis-angle near (pi, 0, 0)),
+# fingers 0 to 0.04 m from the middle. Constants, not statistics of a data set, so that every run shares them.
+PROPRIO_MEAN = (0.0, 0.0, 0.6, 3.0, 0.0, 0.0, 0.02, -0.02)
+PROPRIO_STD = (0.15, 0.2, 0.35, 0.5, 0.5, 0.5, 0.015, 0.015)
+
+
+class ProprioProjector(nn.Module):
+    """Standardised proprioception to one decoder token."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(PROPRIO_MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(PROPRIO_STD), persistent=False)
+        self.fc1 = nn.Linear(PROPRIO_DIM, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, proprio_BP: torch.Tensor) -> torch.Tensor:
+        """float32 [B, 8], see `Observation.proprio` -> [B, 1, D]."""
+        return self.fc2(F.gelu(self.fc1((proprio_BP - self.mean) / self.std))).unsqueeze(1)
+
+
+class OpenVLA(nn.Module):
+    """Sequence: BOS, image tokens (agentview, wrist), proprioception, the rest of the prompt, action tokens.
+
+    Parameters are named as in the published checkpoints (`projector.*`, `language_model.model.*`,
+    `language_model.lm_head.weight`). Action tokens are the ids `action_first_id`..`action_stop_id` - 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_backbone: VisionBackbone,
+        language_model: LlamaForCausalLM,
+        action_first_id: int,
+        action_stop_id: int,
+    ) -> None:
+        super().__init__()
+        width = language_model.config.hidden_size
+        self.vision_backbone = vision_backbone
+        self.projector = Projector(vision_backbone.width, width, fused=len(vision_backbone.towers) > 1)
+        self.proprio_projector = ProprioProjector(width)
+        self.language_model = language_model
+        self.action_first_id = action_first_id
+        self.action_stop_id = action_stop_id
+
+    def encode_images(self, agentview_BHWC: torch.Tensor, wrist_BHWC: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] each -> projected image tokens [B, N, D], agentview first.
+
+        An adapter on the decoder leaves these alone, so they may be computed once per decision and kept.
+        """
+        both = self.projector(self.vision_backbone(torch.cat([agentview_BHWC, wrist_BHWC])))
+        return torch.cat(both.chunk(2), dim=1)
+
+    def embed(
+        self, text_BT: torch.Tensor, image_tokens_BND: torch.Tensor, proprio_BP: torch.Tensor
+    ) -> torch.Tensor:
+        """Decoder input [B, T + N + 1, D] for text ids whose first column is BOS."""
+        text_BTD = self.language_model.model.embed_tokens(text_BT)
+        proprio_B1D = self.proprio_projector(proprio_BP)
+        return torch.cat([text_BTD[:, :1], image_tokens_BND, proprio_B1D, text_BTD[:, 1:]], dim=1)
+
+    def forward(self, batch: DecisionBatch, image_tokens_BND: torch.Tensor | None = None) -> torch.Tensor:
+        """Teacher-forced logits over the action tokens, [B, L, bins]; entry l predicts chunk element l."""
+        if image_tokens_BND is None:
+            image_tokens_BND = self.encode_images(batch.agentview_BHWC, batch.wrist_BHWC)
+        length = batch.chunk_BL.shape[1]
+        steps = torch.arange(length, device=batch.chunk_BL.device)
+        prompt_B1 = batch.prompt_mask_BT.sum(dim=1, keepdim=True)
+        # Action tokens follow each prompt's last real token directly. All padding then lies at the end, where
+        # causal attention cannot see it: no mask, and positions count up from 0 in every row.
+        text_BT = F.pad(batch.prompt_BT, (0, length - 1))
+        text_BT = text_BT.scatter(1, prompt_B1 + steps[:-1], batch.chunk_BL[:, :-1])
+        embeddings = self.embed(text_BT, image_tokens_BND, batch.proprio_BP)
+        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        read_BL = image_tokens_BND.shape[1] + prompt_B1 + steps
+        read_BLD = read_BL.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        head = self.language_model.lm_head.weight[self.action_first_id : self.action_stop_id]
+        return F.linear(hidden.gather(1, read_BLD), head)
+
+
+def llama(part: DecoderPart, *, vocab_size: int, bos_id: int, pad_id: int) -> LlamaForCausalLM:
+    """A Llama decoder (arXiv 2302.13971) with random weights from torch's current generator."""
+    if part.width % part.heads or part.width // part.heads % 2:
+        raise ValueError(
+            f"decoder.width {part.width} must be an even multiple of decoder.heads {part.heads} (rotary pairs)"
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=part.width,
+            intermediate_size=part.mlp,
+            num_hidden_layers=part.layers,
+            num_attention_heads=part.heads,
+            rms_norm_eps=1e-6,
+            bos_token_id=bos_id,
+            pad_token_id=pad_id,
+            tie_word_embeddings=False,
+        )
+    )
