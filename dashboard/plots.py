@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -170,66 +172,98 @@ def plot_pairs(run: Run, path: Path) -> Path:
     return draw(path, 9.6, 3.4, fill)
 
 
+_BESIDE_TITLE: dict[str, Any] = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1.02, 0.98),
+    "ncols": 2,
+    "fontsize": 9,
+    "handlelength": 1.6,
+    "columnspacing": 1.0,
+}
 _INSIDE: dict[str, Any] = {
     "fontsize": 9,
     "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Updates:
+    """The updates of one round: metric lines, and where each lies on the axis of all rounds' optimizer steps."""
+
+    round: int
+    lines: list[Mapping[str, Any]]
+    x: list[int]
+
+    def column(self, name: str) -> list[float]:
+        return [float("nan") if line.get(name) is None else line[name] for line in self.lines]
+
+
+def _updates(run: Run) -> list[_Updates]:
+    rounds: list[_Updates] = []
+    for index, group in groupby(run.stage("update"), key=lambda line: int(line["round"])):
+        lines = list(group)
+        first = rounds[-1].x[-1] if rounds else 0
+        rounds.append(_Updates(round=index, lines=lines, x=[first + int(line["step"]) for line in lines]))
+    return rounds
+
+
 def plot_margins(run: Run, path: Path) -> Path:
-    """Preference margin, implicit rewards and the chosen side's log-ratio over the updates of all rounds."""
-    lines = run.stage("update")
-    steps = list(range(1, len(lines) + 1))
+    """Preference margin, implicit rewards and the chosen side's log-ratio over the optimizer steps of all rounds."""
+    rounds = _updates(run)
 
     def fill(figure: Figure) -> None:
         margin, rewards, chosen = figure.subplots(1, 3)
-        margin.plot(steps, _column(lines, "margin"), color=BLUE)
-        margin.set(title="Margin (chosen - rejected)", ylabel="implicit reward, nats x beta")
-        rewards.plot(steps, _column(lines, "chosen_reward"), color=BLUE, label="chosen")
-        rewards.plot(steps, _column(lines, "rejected_reward"), color=VERMILLION, ls="--", label="rejected")
-        rewards.set(title="Implicit rewards", ylabel="nats x beta")
-        rewards.legend()
-        chosen.plot(steps, _column(lines, "chosen_logratio"), color=BLUE, label="chosen")
+        for updates in rounds:
+            for axes, name, colour, dash, label in (
+                (margin, "margin", BLUE, "-", None),
+                (rewards, "chosen_reward", BLUE, "-", "chosen"),
+                (rewards, "rejected_reward", VERMILLION, "--", "rejected"),
+                (chosen, "chosen_logratio", BLUE, "-", None),
+            ):
+                # A legend entry for the first round speaks for all.
+                named = label if updates is rounds[0] else None
+                values = updates.column(name)
+                axes.plot(updates.x, values, dash, marker="o", markersize=2.5, color=colour, label=named)
+        margin.set(title="Margin, chosen - rejected", ylabel="beta x nats")
+        rewards.set(title="Rewards", ylabel="beta x nats")
         limit = run.recipe.get("guard", {}).get("chosen_drop")
         if limit is not None:
             chosen.axhline(-limit, color=VERMILLION, ls=":", label="tripwire")
         chosen.set(title="Chosen log-ratio", ylabel="nats per token")
-        chosen.legend()
         for axes in (margin, rewards, chosen):
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-            axes.set_xlabel("update, all rounds in order")
+            axes.set_xlabel("optimizer step, all rounds in order")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _mark_rounds(axes, run)
-            if not lines:
+            _mark_rounds(axes, rounds, run)
+            if axes is not margin and rounds:
+                axes.legend(**_BESIDE_TITLE)
+            if not rounds:
                 _nothing(axes, "no updates")
 
     return draw(path, 11.5, 3.3, fill)
 
 
-def _mark_rounds(axes: Axes, run: Run) -> None:
+def _mark_rounds(axes: Axes, rounds: Sequence[_Updates], run: Run) -> None:
     """A dashed line where a round's updates begin, and a shade over those that never reached the fleet."""
-    lines = run.stage("update")
     refused = {event["round"]: event["event"] for event in run.occurrences("rolled_back", "tripped")}
     start = 0
-    for index in range(1, len(lines) + 1):
-        if index < len(lines) and lines[index].get("round") == lines[start].get("round"):
-            continue
-        fate = refused.get(lines[start]["round"])
+    for updates in rounds:
+        end = updates.x[-1]
         if start:
-            axes.axvline(start + 0.5, color="#BBBBBB", linewidth=1, ls="--")
-        if fate is not None:
-            axes.axvspan(start + 0.5, index + 0.5, color=VERMILLION, alpha=0.10, linewidth=0)
-            text: dict[str, Any] = {
-                "x": (start + index + 1) / 2,
-                "y": 0.02,
-                "transform": axes.get_xaxis_transform(),
-            }
-            axes.text(**text, s=fate.replace("_", " "), ha="center", fontsize=8, color=VERMILLION)
-        start = index
-
-
-def _column(lines: Sequence[Any], name: str) -> list[float]:
-    return [float(line.get(name, float("nan"))) for line in lines]
+            axes.axvline(start, color="#BBBBBB", linewidth=1, ls="--")
+        if updates.round in refused:
+            axes.axvspan(start, end, color=VERMILLION, alpha=0.10, linewidth=0)
+            axes.text(
+                (start + end) / 2,
+                0.97,
+                refused[updates.round].replace("_", " "),
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=8,
+                color=VERMILLION,
+            )
+        start = end
 
 
 def _percent(axes: Axes) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from dashboard.plots import plot_margins, plot_pairs, plot_success
 from dashboard.rates import Rate, flips, rate_of
 from dashboard.run_folder import Run, read_run
-from dashboard.videos import Contrast, find_contrasts, write_strip, write_video
+from dashboard.videos import Contrast, find_contrasts, task_instructions, write_strip, write_video
 
 MAX_VIDEOS = 3
 STAND_IN_WARNING = (
@@ -42,7 +42,7 @@ def write_report(run_folder: Path) -> Path:
     sections = (
         _result(run),
         _story(run),
-        _success(run),
+        _success(run, task_instructions(run)),
         _learning(run),
         _contrasts(contrasts),
         _faults(run),
@@ -139,7 +139,7 @@ def _canary(event: Mapping[str, Any]) -> str:
     )
 
 
-def _success(run: Run) -> list[str]:
+def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]:
     lines = ["## Success by task and version", "", "![Success by task and version](plots/success.png)", ""]
     versions, episodes = run.evaluated_versions(), run.phase("evaluation")
     if not versions:
@@ -147,8 +147,7 @@ def _success(run: Run) -> list[str]:
     heads = [f"version {version}" for version in versions]
     lines += [_row("task", *heads, "gained", "lost"), _row(*["---"] * (len(versions) + 3))]
     groups = [
-        (f"{suite} {task_id}", [e for e in episodes if e.task == (suite, task_id)])
-        for suite, task_id in run.tasks()
+        (_task_name(task, instructions), [e for e in episodes if e.task == task]) for task in run.tasks()
     ]
     for name, group in [*groups, ("**all**", episodes)]:
         by_version = [[e for e in group if e.policy_version == version] for version in versions]
@@ -162,6 +161,11 @@ def _success(run: Run) -> list[str]:
         f"cells that changed from version {versions[0]} to version {versions[-1]}.",
     ]
     return lines
+
+
+def _task_name(task: tuple[str, int], instructions: Mapping[tuple[str, int], str]) -> str:
+    suite, task_id = task
+    return f"{suite} {task_id}: {instructions[task]}" if task in instructions else f"{suite} {task_id}"
 
 
 def _learning(run: Run) -> list[str]:

@@ -25,7 +25,7 @@ PANEL = 320
 HEADER, CAPTION, GAP = 48, 32, 16
 """Heights of the title and of the label over each image, and the space between images, pixels. Width and height of
 a frame come out as multiples of 16, which H.264 wants."""
-STRIP_STILLS = 7
+STRIP_STILLS = 6
 STRIP_PANEL = 144
 COLOURS = {True: (0, 114, 178), False: (213, 94, 0)}
 """Blue for the success, vermillion for the failure; the words say it too."""
@@ -77,9 +77,22 @@ def find_contrasts(run: Run, limit: int) -> list[Contrast]:
     return contrasts
 
 
+def task_instructions(run: Run) -> Mapping[tuple[str, int], str]:
+    """(suite, task id) -> the instruction, for every task with a stored trajectory."""
+    stored = stored_trajectories(run.folder)
+    found: dict[tuple[str, int], str] = {}
+    for episode in run.episodes:
+        if episode.task not in found and episode.outcome != "fault" and episode.trajectory_id in stored:
+            first = load_trajectory(stored[episode.trajectory_id]).decisions[0]
+            found[episode.task] = first.observation.instruction
+    return found
+
+
 def stored_trajectories(folder: Path) -> Mapping[str, Path]:
     """Trajectory id -> its file, for every file of the run's store."""
-    return {path.name.split(".")[0]: path for path in sorted(folder.glob("store/**/*")) if path.is_file()}
+    return {
+        path.name.split(".")[0]: path for path in sorted(folder.glob("trajectories/**/*")) if path.is_file()
+    }
 
 
 def _closest(successes: list[Episode], failures: list[Episode]) -> tuple[Episode, Episode] | None:
@@ -117,7 +130,7 @@ def _frames(contrast: Contrast, size: tuple[int, int]) -> Iterator[np.ndarray]:
         _fitted_text(draw, contrast.title, box=(GAP, 0, size[0] - GAP, HEADER), size=18, fill=INK)
         for place, side in enumerate(contrast.sides):
             left = GAP + place * (PANEL + GAP)
-            bar = (left, HEADER, left + PANEL, HEADER + CAPTION)
+            bar = (left, HEADER, left + PANEL - 1, HEADER + CAPTION - 1)
             draw.rectangle(bar, fill=COLOURS[side.success])
             inside = (left + 8, bar[1], left + PANEL - 8, bar[3])
             _fitted_text(draw, _caption(side, index), box=inside, size=16, fill=PAPER)
@@ -159,10 +172,12 @@ def _fitted_text(
 
 
 def write_strip(contrast: Contrast, path: Path) -> None:
-    """Writes stills of both episodes at the same decisions, evenly spaced over the longer one, as a PNG."""
+    """Writes a PNG with stills of both episodes at the same decisions: evenly spaced over the longer one, and the
+    last of the shorter one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    longest = max(len(side.decisions) for side in contrast.sides)
-    columns = np.unique(np.linspace(0, longest - 1, min(STRIP_STILLS, longest)).round().astype(int))
+    shorter, longer = sorted(len(side.decisions) for side in contrast.sides)
+    even = np.linspace(0, longer - 1, min(STRIP_STILLS, longer)).round().astype(int)
+    columns = np.unique([*even, shorter - 1])
     row, label = STRIP_PANEL + 24, 92
     width = label + len(columns) * (STRIP_PANEL + 6) + 6
     image = Image.new("RGB", (width, HEADER + 2 * row), PAPER)

@@ -102,9 +102,9 @@ def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fau
         trajectory(0, 3, 1001, success=pairs == 0, version=0, decisions=14),
         trajectory(2, 5, 1000, success=False, version=0, decisions=4),
     ]
-    (folder / "store").mkdir()
+    (folder / "trajectories").mkdir()
     for episode in rollouts:
-        save_trajectory(folder / "store" / f"{episode.trajectory_id}.traj", episode)
+        save_trajectory(folder / "trajectories" / f"{episode.trajectory_id}.traj", episode)
     lines = [{"phase": "rollout", "round": 0, **episode_record(e)} for e in rollouts]
     if fault:
         lines.append(lines[2] | {"seed": 1001, "outcome": "fault", "fault": fault})
@@ -171,8 +171,8 @@ def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
     assert "**The fleet ends on version 1.**" in text
     # k=4 of 10: the interval is Wilson's, (0.168, 0.687) by his formula.
     assert (
-        "| libero_object 0 | 4/10 = 40.0 % (16.8 to 68.7 %) | 8/10 = 80.0 % (49.0 to 94.3 %) | 4 | 0 |"
-        in text
+        "| libero_object 2: pick up the salad dressing | 4/10 = 40.0 % (16.8 to 68.7 %) | 8/10 = 80.0 % "
+        "(49.0 to 94.3 %) | 4 | 0 |" in text
     )
     assert "None: no episode was quarantined" in text
     assert "| mujoco | `3.3.2` |" in text
