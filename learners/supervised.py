@@ -1,0 +1,96 @@
+"""The supervised start: maximum likelihood on demonstrations, every weight of the policy trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from configs.schema import SupervisedPart
+from learners.decisions import concatenate, shift_images, stack, take
+from policies.protocol import Policy
+from trajectories.records import Trajectory
+
+
+class SupervisedLearner:
+    """Trains a policy in place. The same seed, demonstrations and thread count give the same weights.
+
+    Example:
+        learner = SupervisedLearner(policy, part, seed=0, demos=demos)
+        learner.fit(on_step=lambda step, metrics: ...)
+    """
+
+    def __init__(
+        self, policy: Policy, part: SupervisedPart, *, seed: int, demos: Sequence[Trajectory]
+    ) -> None:
+        """Stack the demonstrations in memory. Raises ValueError when there are none."""
+        if not demos:
+            raise ValueError("supervised training needs at least one demonstration, got none")
+        self._policy = policy
+        self._part = part
+        self._data = concatenate([stack(policy, demo) for demo in demos])
+        self._generator = torch.Generator().manual_seed(seed)
+        self._queue = torch.empty(0, dtype=torch.int64)
+        self._parameters = [p for p in policy.module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=part.lr, weight_decay=part.weight_decay)
+        self.steps_done = 0
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step. Returns `loss` (nats per element), `lr` and `grad_norm` (before clipping).
+
+        Raises RuntimeError after the last step, and FloatingPointError when loss or gradient is not finite.
+        """
+        part = self._part
+        if self.steps_done >= part.steps:
+            raise RuntimeError(f"all {part.steps} steps are done")
+        lr = part.lr * schedule(self.steps_done, warmup=part.warmup_steps, total=part.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        batch = take(self._data, self._draw(part.batch_size))
+        if part.image_shift:
+            batch = replace(
+                batch,
+                agentview_BHWC=shift_images(batch.agentview_BHWC, part.image_shift, self._generator),
+                wrist_BHWC=shift_images(batch.wrist_BHWC, part.image_shift, self._generator),
+            )
+        self._policy.module.train()
+        loss = -self._policy.score(batch).mean()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, part.grad_clip)
+        self._policy.module.eval()
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise FloatingPointError(
+                f"supervised step {self.steps_done + 1}: loss {loss.item()}, gradient norm {norm.item()}; "
+                "lower supervised.lr"
+            )
+        self._optimizer.step()
+        self.steps_done += 1
+        return {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+
+    def fit(self, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, float]:
+        """All remaining steps; `on_step` gets the step number from 1 and its metrics. Returns the last metrics."""
+        metrics: dict[str, float] = {}
+        while self.steps_done < self._part.steps:
+            metrics = self.step()
+            if on_step is not None:
+                on_step(self.steps_done, metrics)
+        return metrics
+
+    def _draw(self, count: int) -> torch.Tensor:
+        """The next rows of an endless sequence of shuffles, so that every decision is seen equally often."""
+        while len(self._queue) < count:
+            shuffle = torch.randperm(len(self._data), generator=self._generator)
+            self._queue = torch.cat([self._queue, shuffle])
+        rows, self._queue = self._queue[:count], self._queue[count:]
+        return rows
+
+
+def schedule(step: int, *, warmup: int, total: int) -> float:
+    """Share of the peak learning rate at a step from 0: linear warm-up, then half a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
