@@ -75,6 +75,7 @@ class VisionPart(Part):
     width: int = Field(96, ge=16, description="hidden size")
     layers: int = Field(3, ge=1, description="transformer layers")
     heads: int = Field(4, ge=1, description="attention heads")
+    mlp: int = Field(256, ge=16, description="feed-forward size")
     patch: int = Field(8, ge=2, description="patch side, pixels")
     merge: int = Field(2, ge=1, description="side of the square of patches merged into one token")
 

@@ -34,7 +34,7 @@ class SiglipTower(nn.Module):
         self.encoder = SiglipVisionModel(
             SiglipVisionConfig(
                 hidden_size=part.width,
-                intermediate_size=4 * part.width,
+                intermediate_size=part.mlp,
                 num_hidden_layers=part.layers,
                 num_attention_heads=part.heads,
                 image_size=image_size,
