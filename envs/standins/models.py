@@ -189,7 +189,7 @@ def _geom(parent: ET.Element, shape: Shape, group: str) -> ET.Element:
         pos=numbers(shape.centre, 1e-3),
         size=numbers(size, 1e-3),
         group=group,
-        rgba=numbers((*shape.colour, 1.0)),
+        rgba=numbers((*shape.colour, shape.opacity)),
     )
     if shape.turn != UNTURNED:
         geom.set("quat", numbers(shape.turn))

@@ -6,16 +6,18 @@ import hashlib
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from envs.standins.containers import basket
+from envs.standins.appliances import appliances
+from envs.standins.furniture import furniture
 from envs.standins.groceries import groceries
 from envs.standins.models import Model, model_document
 from envs.standins.scenes import scene_document, scenes
+from envs.standins.tableware import tableware
 from envs.standins.textures import TEXTURES, write_textures
 
 
 def models() -> tuple[Model, ...]:
     """Every object and fixture of the pack."""
-    return (*groceries(), basket())
+    return (*groceries(), *tableware(), *furniture(), *appliances())
 
 
 def build_pack(folder: Path) -> None:

@@ -23,6 +23,7 @@ class Shape:
     Attributes:
         half: half sizes of a box; (radius, half length, 0) of a cylinder or capsule along its own z.
         name: geom name of the solid part, where a loader asks for it.
+        opacity: 0 hides the shape even where solid shapes are drawn.
     """
 
     kind: Literal["box", "cylinder", "capsule"]
@@ -33,6 +34,7 @@ class Shape:
     solid: bool = True
     drawn: bool = True
     name: str | None = None
+    opacity: float = 1.0
 
     @property
     def volume(self) -> float:
