@@ -44,7 +44,7 @@ def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: st
         inject_adapter_in_model(config, module, adapter_name=_NAME)
     if not list(adapted_layers(module)):
         raise ValueError(f"no attention or MLP linear found under {decoder}.layers; nothing to adapt")
-    trainable = {id(p) for p in parameters(module)}
+    trainable = {id(p) for p in parameters(module).values()}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
 
@@ -56,9 +56,13 @@ def adapted_layers(module: torch.nn.Module) -> Iterator[tuple[str, AdaptedLinear
             yield name, layer
 
 
-def parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The adapter's own parameters, in the order of the network: A, B and (DoRA) m of each layer."""
-    return [parameter for _, layer in adapted_layers(module) for parameter in _factors(layer).values()]
+def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's own parameters in the order of the network: `<layer>.A`, `.B` and, for DoRA, `.m`."""
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in adapted_layers(module)
+        for key, parameter in _factors(layer).items()
+    }
 
 
 @contextmanager

@@ -1,0 +1,248 @@
+"""Preference learning: rounds of DPO on success/failure pairs, with likelihood anchors and a tripwire."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.schema import AdapterPart, GuardPart, PreferencePart
+from learners.decisions import DecisionPool
+from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
+from learners.terms import Draw, Side, accumulate_gradients, chosen_logratio
+from policies import adapters
+from policies.protocol import Policy
+from trajectories.records import AdapterWeights, PreferencePair, Trajectory
+
+OnStep = Callable[[int, dict[str, float]], None]
+_GENERATOR = "generator"
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What a tripped update puts back."""
+
+    parameters: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+
+class PreferenceLearner:
+    """Trains an adapter on a policy's decoder. With the adapter off, the policy is the supervised start.
+
+    Example:
+        learner = PreferenceLearner(
+            policy, adapter=part.adapter, preference=part.preference, guard=part.guard, base_hash=start, seed=0
+        )
+        report = learner.update(pairs, successes, demos)
+        if not report.stopped:
+            publish(learner.adapter())
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        adapter: AdapterPart,
+        preference: PreferencePart,
+        guard: GuardPart,
+        base_hash: str,
+        seed: int,
+    ) -> None:
+        """Attach the adapter to `policy.module`, whose weights are frozen from now on and hash to `base_hash`."""
+        adapters.attach(policy.module, adapter, seed=seed)
+        self._policy = policy
+        self._part = preference
+        self._guard = guard
+        self._base_hash = base_hash
+        self._generator = torch.Generator().manual_seed(seed)
+        self._parameters = adapters.parameters(policy.module)
+        self._initial = self.adapter()
+        self._pool = DecisionPool(policy, start_reference=preference.reference == "start")
+        self.reset_optimizer()
+
+    def update(
+        self,
+        pairs: Sequence[PreferencePair],
+        successes: Sequence[Trajectory],
+        demos: Sequence[Trajectory],
+        *,
+        on_step: OnStep | None = None,
+    ) -> UpdateReport:
+        """One round of optimizer steps on these data; see `learners.terms` for the loss and the metrics.
+
+        `on_step` gets the step number from 1 and its metrics, with `grad_norm` before clipping. Without anything to
+        learn from, nothing happens and the report says `skipped`. When the tripwire trips, adapter and optimizer
+        are put back exactly as they were and the report says `tripped`.
+        """
+        part = self._part
+        pairs = pairs if part.preference_weight or part.anchor_weight else ()
+        successes = successes if part.success_weight else ()
+        demos = demos if part.demo_weight else ()
+        if not pairs and not successes:
+            return UpdateReport(
+                stopped="skipped",
+                reason="no pairs and no successes to learn from (or their weights are zero)",
+                steps=0,
+                value=0.0,
+                metrics={},
+                history=(),
+            )
+        sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+        self._pool.hold([*sides, *successes, *demos])
+        before = self._remember()
+        history: list[dict[str, float]] = []
+        with self._training():
+            trip = self._run(self._draws(pairs, successes, demos), history, on_step)
+        if trip is not None:
+            self._put_back(before)
+        return UpdateReport(
+            stopped="tripped" if trip else "",
+            reason=trip.reason if trip else "",
+            steps=len(history),
+            value=trip.value if trip else 0.0,
+            metrics=mean_of_last(history),
+            history=tuple(history),
+        )
+
+    def adapter(self) -> AdapterWeights:
+        """A copy of the adapter as it is. Raises ValueError when a factor is not finite."""
+        return adapters.extract(self._policy.module, base_hash=self._base_hash)
+
+    def restore(self, weights: AdapterWeights | None) -> None:
+        """Take up an adapter (None: the one it began with, which changes nothing) with a fresh optimizer.
+
+        Raises ValueError for an adapter of another base, method or shape.
+        """
+        if weights is not None and weights.base_hash != self._base_hash:
+            raise ValueError(
+                f"the adapter is for base {weights.base_hash[:12]}, this learner's base is {self._base_hash[:12]}"
+            )
+        adapters.load(self._policy.module, weights if weights is not None else self._initial)
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments."""
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=self._part.lr, weight_decay=0.0)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Adapter, optimizer moments and random generator as named arrays, for a checkpoint."""
+        arrays = {f"adapter.{name}": _array(parameter) for name, parameter in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                arrays[f"optimizer.{name}.{key}"] = _array(value)
+        arrays[_GENERATOR] = self._generator.get_state().numpy().copy()
+        return arrays
+
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Continue exactly where `state` was taken. Raises KeyError naming a missing array, ValueError for one of
+        another shape."""
+        values = {name: torch.from_numpy(arrays[f"adapter.{name}"].copy()) for name in self._parameters}
+        for name, parameter in self._parameters.items():
+            if values[name].shape != parameter.shape:
+                raise ValueError(
+                    f"adapter.{name} has shape {tuple(values[name].shape)}, expected {tuple(parameter.shape)}"
+                )
+        self.reset_optimizer()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(values[name])
+                prefix = f"optimizer.{name}."
+                moments = {
+                    key.removeprefix(prefix): torch.from_numpy(array.copy())
+                    for key, array in arrays.items()
+                    if key.startswith(prefix)
+                }
+                if moments:
+                    self._optimizer.state[parameter] = {
+                        key: value if key == "step" else value.to(parameter.device)
+                        for key, value in moments.items()
+                    }
+        self._generator.set_state(torch.from_numpy(arrays[_GENERATOR].copy()))
+
+    def _run(
+        self, draws: Iterator[Draw], history: list[dict[str, float]], on_step: OnStep | None
+    ) -> Trip | None:
+        tripwire = Tripwire(self._guard.chosen_drop)
+        parameters = list(self._parameters.values())
+        for step in range(1, self._part.steps + 1):
+            draw = next(draws)
+            self._optimizer.zero_grad(set_to_none=True)
+            metrics = accumulate_gradients(draw, self._pool, self._part)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self._part.grad_clip).item()
+            metrics["grad_norm"] = norm
+            history.append(metrics)
+            if on_step is not None:
+                on_step(step, metrics)
+            trip = tripwire.check(metrics["chosen_logratio"], loss=metrics["loss"], grad_norm=norm)
+            if trip is not None:
+                return trip
+            self._optimizer.step()
+        # The checks above precede each step; this one judges what the last step left behind.
+        return tripwire.check(chosen_logratio(draw, self._pool))
+
+    def _draws(
+        self,
+        pairs: Sequence[PreferencePair],
+        successes: Sequence[Trajectory],
+        demos: Sequence[Trajectory],
+    ) -> Iterator[Draw]:
+        """An endless sequence of draws; pairs come in shuffled order, each as often as any other."""
+        queue: list[int] = []
+        success_rows, demo_rows = self._all_rows(successes), self._all_rows(demos)
+        count = min(self._part.pairs_per_step, len(pairs))
+        while True:
+            if len(queue) < count:
+                queue += torch.randperm(len(pairs), generator=self._generator).tolist()
+            drawn, queue = [pairs[i] for i in queue[:count]], queue[count:]
+            yield Draw(
+                pairs=[(self._side(pair.chosen), self._side(pair.rejected)) for pair in drawn],
+                successes=self._some(success_rows, self._part.batch_size),
+                demos=self._some(demo_rows, self._part.batch_size),
+            )
+
+    def _side(self, trajectory: Trajectory) -> Side:
+        rows = self._pool.rows(trajectory)
+        drawn = self._some(rows, self._part.decisions_per_trajectory)
+        return Side(rows=drawn, weight=len(rows) / len(drawn))
+
+    def _some(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Up to `count` of the rows, without replacement."""
+        return rows[torch.randperm(len(rows), generator=self._generator)[:count]]
+
+    def _all_rows(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        rows = [self._pool.rows(t) for t in trajectories]
+        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Training mode, with dropout drawn from this learner's generator and torch's own left as it was."""
+        seed = int(torch.randint(2**31, (), generator=self._generator))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._policy.module.train()
+            try:
+                yield
+            finally:
+                self._policy.module.eval()
+
+    def _remember(self) -> _Before:
+        return _Before(
+            parameters={name: p.detach().clone() for name, p in self._parameters.items()},
+            optimizer=copy.deepcopy(self._optimizer.state_dict()),
+        )
+
+    def _put_back(self, before: _Before) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(before.parameters[name])
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.load_state_dict(before.optimizer)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().copy()

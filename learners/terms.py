@@ -1,0 +1,169 @@
+"""One optimizer step's draw of decisions, and the gradient of its loss, in micro-batches.
+
+    loss =   preference_weight * mean over pairs of DPO(log-ratio sums of the two trajectories)
+           + anchor_weight     * mean over the chosen decisions drawn of -log pi per token
+           + success_weight    * mean over successful decisions drawn of -log pi per token
+           + demo_weight       * mean over demonstrated decisions drawn of -log pi per token
+
+A term of weight zero, or without data, is neither drawn nor computed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import PreferencePart
+from learners.decisions import DecisionPool
+from objectives import dpo
+
+MICRO_BATCH = 64
+"""Most decisions in one forward and backward pass, where a single pair does not need more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """Decisions drawn from one trajectory: n of its T, without replacement."""
+
+    rows: torch.Tensor
+    """int64 [n], row numbers in the pool."""
+    weight: float
+    """T / n."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """What one step looks at."""
+
+    pairs: Sequence[tuple[Side, Side]]
+    """Chosen and rejected."""
+    successes: torch.Tensor
+    """int64 rows, maybe none."""
+    demos: torch.Tensor
+    """int64 rows, maybe none."""
+
+
+class Sums(defaultdict[str, float]):
+    """Sums over the micro-batches of a step, by name."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
+
+    def mean(self, name: str) -> float:
+        return self[name] / self[f"{name}_count"]
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Add every element of `values`, detached."""
+        self[name] += values.detach().double().sum().item()
+        self[f"{name}_count"] += values.numel()
+
+
+def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -> dict[str, float]:
+    """Add the gradient of the step's loss to the adapter's `.grad`, and return the step's metrics.
+
+    Metrics: `loss` and its unweighted terms `preference_loss`, `anchor_nll`, `success_nll`, `demo_nll` (nats; per
+    token the last three); `accuracy`, share of pairs whose chosen implicit reward is the larger;
+    `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`, `rejected_logratio`, means
+    per token of log pi / pi_ref before any bound (without pairs, `chosen_logratio` is of the successes);
+    `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected decisions at the floor.
+    """
+    sums = Sums()
+    for group in _groups(draw.pairs):
+        _pair_gradients(group, draw, pool, part, sums)
+    _likelihood_gradients("success_nll", part.success_weight, draw.successes, pool, sums)
+    _likelihood_gradients("demo_nll", part.demo_weight, draw.demos, pool, sums)
+    return _metrics(sums, part)
+
+
+def chosen_logratio(draw: Draw, pool: DecisionPool) -> float:
+    """Mean log pi / pi_ref per token on the preferred decisions of a draw, under the weights as they are."""
+    rows = torch.cat([chosen.rows for chosen, _ in draw.pairs]) if draw.pairs else draw.successes
+    with torch.no_grad():
+        parts = [pool.score(part) - pool.reference(part) for part in rows.split(MICRO_BATCH)]
+    return torch.cat(parts).mean().item()
+
+
+def _groups(pairs: Sequence[tuple[Side, Side]]) -> Iterator[list[tuple[Side, Side]]]:
+    """Whole pairs, as many as fit a micro-batch: a pair's loss needs both of its sums at once."""
+    group: list[tuple[Side, Side]] = []
+    size = 0
+    for pair in pairs:
+        rows = sum(len(side.rows) for side in pair)
+        if group and size + rows > MICRO_BATCH:
+            yield group
+            group, size = [], 0
+        group.append(pair)
+        size += rows
+    if group:
+        yield group
+
+
+def _pair_gradients(
+    group: Sequence[tuple[Side, Side]], draw: Draw, pool: DecisionPool, part: PreferencePart, sums: Sums
+) -> None:
+    chosen_sides = [chosen for chosen, _ in group]
+    rejected_sides = [rejected for _, rejected in group] if part.preference_weight else []
+    rows = torch.cat([side.rows for side in [*chosen_sides, *rejected_sides]])
+    logps = pool.score(rows)
+    ratios = logps - pool.reference(rows)
+    split = sum(len(side.rows) for side in chosen_sides)
+    anchor = -logps[:split]
+    tokens = sum(len(chosen.rows) for chosen, _ in draw.pairs) * logps.shape[1]
+    objective = part.anchor_weight * anchor.sum() / tokens
+    sums.add("anchor_nll", anchor)
+    sums.add("chosen_logratio", ratios[:split])
+    if part.preference_weight:
+        bounded, held = dpo.bounded_below(ratios[split:], floor=part.rejected_floor)
+        chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
+        rejected = _trajectory_sums(bounded, rejected_sides)
+        form = dpo.sigmoid_loss if part.loss == "sigmoid" else dpo.ipo_loss
+        loss = form(chosen, rejected, beta=part.beta)
+        objective = objective + part.preference_weight * loss.losses.sum() / len(draw.pairs)
+        sums.add("preference_loss", loss.losses)
+        sums.add("chosen_reward", loss.chosen_rewards)
+        sums.add("rejected_reward", loss.rejected_rewards)
+        sums.add("accuracy", (loss.chosen_rewards > loss.rejected_rewards).float())
+        sums.add("rejected_logratio", ratios[split:])
+        sums.add("kl", -ratios)
+        sums.add("held", held.float())
+    objective.backward()
+
+
+def _likelihood_gradients(
+    name: str, weight: float, rows: torch.Tensor, pool: DecisionPool, sums: Sums
+) -> None:
+    for part in rows.split(MICRO_BATCH) if len(rows) else ():
+        logps = pool.score(part)
+        (-weight * logps.sum() / (len(rows) * logps.shape[1])).backward()
+        sums.add(name, -logps)
+        if name == "success_nll":
+            sums.add("success_logratio", logps - pool.reference(part))
+
+
+def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.Tensor:
+    """Weighted sums, float [sides], of the decisions' log-ratios, float [D], in the order of the sides."""
+    sizes = torch.tensor([len(side.rows) for side in sides])
+    owners = torch.arange(len(sides)).repeat_interleave(sizes)
+    weights = torch.tensor([side.weight for side in sides]).repeat_interleave(sizes)
+    device = log_ratios.device
+    return dpo.sum_by_trajectory(log_ratios, owners.to(device), weights.to(device), len(sides))
+
+
+def _metrics(sums: Sums, part: PreferencePart) -> dict[str, float]:
+    names = [name for name in sums if not name.endswith("_count") and name != "success_logratio"]
+    metrics = {name: sums.mean(name) for name in names}
+    if "chosen_logratio" not in metrics:
+        metrics["chosen_logratio"] = sums.mean("success_logratio")
+    if "chosen_reward" in metrics:
+        metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
+    weights = {
+        "preference_loss": part.preference_weight,
+        "anchor_nll": part.anchor_weight,
+        "success_nll": part.success_weight,
+        "demo_nll": part.demo_weight,
+    }
+    loss = sum(weight * metrics[name] for name, weight in weights.items() if name in metrics)
+    return {"loss": loss, **metrics}
