@@ -41,14 +41,15 @@ system:
 	@$(PYTHON) -c '$(SYSTEM_LIBRARIES_LOAD)'
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt_install,python3-venv,Python'"'"'s venv module is); }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt_install,python3-venv,the venv module of Python is); }
 	$(PYTHON) -m venv $(VENV)
 
 # hf-libero goes in without its dependencies: they pull torchvision, whose CUDA build breaks `import transformers`
 # beside a CPU torch. What libero.libero itself imports is named in pyproject.toml.
 $(INSTALLED): pyproject.toml constraints.txt Makefile | python system $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[dev]"
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps hf-libero==0.1.4
+	@echo "make setup: installing the versions of constraints.txt into $(VENV) (minutes; quiet until done)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[dev]"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps hf-libero==0.1.4
 	@touch $@
 
 run: setup  ## the quickstart: supervised start, online rounds, evaluation, report (ARGS= for launch.py's arguments)

@@ -80,7 +80,7 @@ def _success_by_task(axes: Axes, run: Run) -> None:
     axes.set_xticks([*range(len(tasks)), len(tasks) + 0.4], [*names, "all"])
     axes.set_xlim(-0.6, len(tasks) + 1)
     axes.grid(visible=False, axis="x")
-    axes.set(xlabel=f"task of {run.recipe['tasks']['suite']}", title="Held-out success by task")
+    axes.set(xlabel=f"task of {run.recipe.tasks.suite}", title="Held-out success by task")
     _percent(axes)
     if versions:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=min(len(versions), 4))
@@ -226,9 +226,7 @@ def plot_margins(run: Run, path: Path) -> Path:
                 axes.plot(updates.x, values, dash, marker="o", markersize=2.5, color=colour, label=named)
         margin.set(title="Margin, chosen - rejected", ylabel="beta x nats")
         rewards.set(title="Rewards", ylabel="beta x nats")
-        limit = run.recipe.get("guard", {}).get("chosen_drop")
-        if limit is not None:
-            chosen.axhline(-limit, color=VERMILLION, ls=":", label="tripwire")
+        chosen.axhline(-run.recipe.guard.chosen_drop, color=VERMILLION, ls=":", label="tripwire")
         chosen.set(title="Chosen log-ratio", ylabel="nats per token")
         for axes in (margin, rewards, chosen):
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)

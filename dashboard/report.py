@@ -54,10 +54,10 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _result(run: Run) -> list[str]:
-    tasks = run.recipe["tasks"]
-    lines = [f"# Run `{run.recipe['name']}`", ""]
-    ids = ", ".join(str(task_id) for task_id in tasks["task_ids"])
-    where = f"{tasks['suite']}, task{'s' if len(tasks['task_ids']) > 1 else ''} {ids}"
+    tasks = run.recipe.tasks
+    lines = [f"# Run `{run.recipe.name}`", ""]
+    ids = ", ".join(str(task_id) for task_id in tasks.task_ids)
+    where = f"{tasks.suite}, task{'s' if len(tasks.task_ids) > 1 else ''} {ids}"
     if not run.result:
         return [*lines, f"**This run did not finish:** it left no result. {where}."]
     result = run.result

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from configs.loader import load_recipe
+from configs.schema import Recipe
 from trajectories.journal import read_journal
 from trajectories.records import Cell, Outcome, Trajectory
 
@@ -45,8 +45,8 @@ class Run:
     """A run folder, read."""
 
     folder: Path
-    recipe: Mapping[str, Any]
-    """The resolved recipe."""
+    recipe: Recipe
+    """The recipe as it was resolved."""
     fingerprint: Mapping[str, Any]
     """The stack the numbers were measured on; empty when the run stopped before writing it."""
     result: Mapping[str, Any]
@@ -88,14 +88,15 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no `recipe.yaml`, so this is not a run folder.
-        ValueError: a file does not hold what it should; the message names the file.
+        RecipeError: the recipe is not one.
+        ValueError: another file does not hold what it should; the message names the file.
     """
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no recipe.yaml")
     return Run(
         folder=folder,
-        recipe=yaml.safe_load(recipe.read_text()),
+        recipe=load_recipe(recipe),
         fingerprint=_read_object(folder / "fingerprint.json"),
         result=_read_object(folder / "result.json"),
         metrics=tuple(read_journal(folder / "metrics.jsonl")),

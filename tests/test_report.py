@@ -21,6 +21,15 @@ from trajectories.records import ActionSample, Cell, Decision, Observation, Traj
 
 TASKS = (0, 2)
 INSTRUCTIONS = {0: "pick up the alphabet soup and place it in the basket", 2: "pick up the salad dressing"}
+RECIPE = """
+name: toy
+tasks:
+  suite: libero_object
+  task_ids: [0, 2]
+  demo_init_states: 0..3
+  train_init_states: 0..29
+  held_out_init_states: 30..49
+"""
 RESULT = {
     "suite": "libero_object",
     "task_ids": [0, 2],
@@ -89,12 +98,7 @@ def evaluation_lines(version: int, successes: int) -> list[dict[str, Any]]:
 def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fault: str = "") -> Path:
     """A two-round run: version 0 evaluated at 40 %, version 1 at 80 %; task 0 has a stored success and failure."""
     folder.mkdir()
-    recipe = {
-        "name": "toy",
-        "tasks": {"suite": "libero_object", "task_ids": list(TASKS)},
-        "guard": {"chosen_drop": 0.5},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "fingerprint.json").write_text(json.dumps({"mujoco": "3.3.2", "frames": {"0": "abc123"}}))
     (folder / "result.json").write_text(json.dumps(RESULT) + "\n")
     rollouts = [
@@ -240,9 +244,9 @@ def test_faults_and_restarts_are_counted(tmp_path: Path) -> None:
 def test_an_unfinished_run_gets_a_report_of_what_there_is(tmp_path: Path) -> None:
     folder = tmp_path / "toy"
     folder.mkdir()
-    (folder / "recipe.yaml").write_text("name: toy\ntasks: {suite: libero_goal, task_ids: [1]}\n")
+    (folder / "recipe.yaml").write_text(RECIPE)
     text = write_report(folder).read_text()
-    assert "**This run did not finish:** it left no result. libero_goal, task 1." in text
+    assert "**This run did not finish:** it left no result. libero_object, tasks 0, 2." in text
     assert "No held-out episodes." in text
 
 
