@@ -50,6 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile | python system $(BIN)/pyt
 	@echo "make setup: installing the versions of constraints.txt into $(VENV) (minutes; quiet until done)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[dev]"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps hf-libero==0.1.4
+	@rm -rf build
 	@touch $@
 
 run: setup  ## the quickstart: supervised start, online rounds, evaluation, report (ARGS= for launch.py's arguments)
