@@ -48,6 +48,7 @@ $(BIN)/python:
 # beside a CPU torch. What libero.libero itself imports is named in pyproject.toml.
 $(INSTALLED): pyproject.toml constraints.txt Makefile | python system $(BIN)/python
 	@echo "make setup: installing the versions of constraints.txt into $(VENV) (minutes; quiet until done)"
+	@$(BIN)/python -m pip uninstall -q -y hf-libero 2>/dev/null  # else pip reports its missing dependencies as errors
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt ".[dev]"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps hf-libero==0.1.4
 	@rm -rf build
