@@ -1,0 +1,187 @@
+"""Scripted demonstrations with recoveries in them: the expert is pushed now and then, and only what it does
+undisturbed is a label."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.schema import DemonstrationPart, EnvironmentPart, TaskPart
+from envs.assets import ResolvedAssets, resolve_assets
+from envs.experts import expert_for
+from envs.libero import LiberoEnv, to_observation
+from trajectories.records import ACTION_DIM, ActionSample, Cell, Decision, Observation, Trajectory
+
+log = logging.getLogger(__name__)
+
+EXPERT_VERSION = -1
+EXPERT_HASH = "scripted-expert"
+PUSH_INTERVAL = 40.0
+"""Mean number of steps between two pushes."""
+PUSH_STEPS = (2, 5)
+"""Shortest and longest push, control steps."""
+TRIES_PER_DEMONSTRATION = 10
+
+_STILL = 0.004
+"""Finger speed below which the fingers are not closing, m/s."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Push:
+    """A disturbance added to the expert's actions in steps start..start + steps - 1."""
+
+    start: int
+    steps: int
+    delta: np.ndarray
+    """float64 [6], in action units."""
+
+
+def demonstrate(
+    env: LiberoEnv, *, init_state: int, seed: int, noise: float, chunk: int, stride: int = 2
+) -> Trajectory:
+    """One episode of the task's scripted expert.
+
+    Pushes come at random times, never while the fingers close on something. A decision is recorded at every `stride`th
+    step from which the next `chunk` actions are the expert's own; the chunk that the episode ends in is filled up
+    with standing still, gripper as it was.
+
+    Args:
+        env: the task; it is reset.
+        init_state: official initial state, 0..49.
+        seed: of the fixtures' placement and the pushes.
+        noise: standard deviation of a push in action units (0.3: some 5 mm a step); rotations get half. 0: none.
+        chunk: actions per decision, K.
+        stride: steps from one decision to the next.
+
+    Returns:
+        Decisions with actions = model_chunk = float32 [K, 7] and no log-probabilities. Outcome is success or timeout.
+
+    Raises:
+        ValueError: the task has no expert, or init_state is out of range.
+    """
+    expert = expert_for(env)
+    env.reset(seed=seed, options={"init_state": init_state})
+    expert.reset(env)
+    pushes = _draw_pushes(np.random.default_rng(seed), env.max_steps, noise)
+    observations: dict[int, Observation] = {}
+    actions: list[np.ndarray] = []
+    success = truncated = False
+    while not (success or truncated):
+        step = len(actions)
+        push = next((p for p in pushes if p.start <= step < p.start + p.steps), None)
+        if step % stride == 0 and not any(
+            p.start < step + chunk and step < p.start + p.steps for p in pushes
+        ):
+            observations[step] = to_observation(env.observe(), env.instruction)
+        action = expert.act(env)
+        if push is not None and not _closing(env, action):
+            action = np.clip(action + np.append(push.delta, 0.0), -1.0, 1.0).astype(np.float32)
+        success, truncated, _ = env.advance(action[None])
+        actions.append(action)
+    return Trajectory(
+        cell=Cell(suite=env.task.suite, task_id=env.task.task_id, init_state=init_state, seed=seed),
+        decisions=tuple(
+            _decision(obs, actions[step : step + chunk], chunk) for step, obs in observations.items()
+        ),
+        outcome="success" if success else "timeout",
+        env_steps=len(actions),
+        policy_version=EXPERT_VERSION,
+        policy_hash=EXPERT_HASH,
+    )
+
+
+def collect_demonstrations(
+    *,
+    tasks: TaskPart,
+    environment: EnvironmentPart,
+    demonstrations: DemonstrationPart,
+    chunk: int,
+    assets: ResolvedAssets | None = None,
+) -> list[Trajectory]:
+    """`demonstrations.per_task` successful demonstrations of each task, tasks in order. Builds one simulator at a time.
+
+    Raises:
+        ValueError: a task has no expert, or there are no demo_init_states.
+        RuntimeError: an expert fails far too often.
+    """
+    assets = assets or resolve_assets(environment.assets)
+    found: list[Trajectory] = []
+    for task_id in tasks.task_ids:
+        env = LiberoEnv(suite=tasks.suite, task_id=task_id, environment=environment, assets=assets)
+        try:
+            found += demonstrate_task(
+                env, init_states=tasks.demo_init_states, demonstrations=demonstrations, chunk=chunk
+            )
+        finally:
+            env.close()
+    return found
+
+
+def demonstrate_task(
+    env: LiberoEnv, *, init_states: Sequence[int], demonstrations: DemonstrationPart, chunk: int
+) -> list[Trajectory]:
+    """`demonstrations.per_task` successes of one task, from `init_states` in turn.
+
+    A failure is logged, counted and tried again with the next seed, so the result depends on the arguments alone.
+
+    Raises:
+        ValueError: the task has no expert, or there are no init_states.
+        RuntimeError: fewer than one try in ten succeeds.
+    """
+    if not init_states:
+        raise ValueError("demo_init_states is empty; expected at least one initial state to demonstrate from")
+    found: list[Trajectory] = []
+    tries = 0
+    while len(found) < demonstrations.per_task:
+        if tries >= TRIES_PER_DEMONSTRATION * (len(found) + 1):
+            raise RuntimeError(
+                f"the expert of {env.task.name} succeeded in {len(found)} of {tries} tries; lower "
+                f"demonstrations.noise (now {demonstrations.noise})"
+            )
+        trajectory = demonstrate(
+            env,
+            init_state=init_states[len(found) % len(init_states)],
+            seed=demonstrations.seed * 100_000 + tries,
+            noise=demonstrations.noise,
+            chunk=chunk,
+        )
+        tries += 1
+        if trajectory.success:
+            found.append(trajectory)
+        else:
+            log.info("demonstration failed and is not kept: %s", trajectory.cell.key)
+    log.info("%s: %d demonstrations, %d failures", env.task.name, len(found), tries - len(found))
+    return found
+
+
+def _draw_pushes(rng: np.random.Generator, max_steps: int, noise: float) -> list[Push]:
+    """Pushes of a whole episode, drawn beforehand so that no picture is drawn for a decision that one would spoil."""
+    pushes: list[Push] = []
+    if noise == 0:
+        return pushes
+    start = int(rng.exponential(PUSH_INTERVAL))
+    while start < max_steps:
+        steps = int(rng.integers(PUSH_STEPS[0], PUSH_STEPS[1] + 1))
+        delta = rng.normal(scale=noise, size=ACTION_DIM - 1) * np.array([1, 1, 1, 0.5, 0.5, 0.5])
+        pushes.append(Push(start=start, steps=steps, delta=delta))
+        start += steps + int(rng.exponential(PUSH_INTERVAL))
+    return pushes
+
+
+def _closing(env: LiberoEnv, action: np.ndarray) -> bool:
+    """Whether the fingers are on their way to grasp."""
+    robot = env.domain.robots[0]
+    left, right = env.sim.data.qvel[robot._ref_gripper_joint_vel_indexes]
+    opening = env.sim.data.qpos[robot._ref_gripper_joint_pos_indexes][0]
+    return bool(action[-1] > 0 and (abs(left - right) > _STILL or opening > 0.038))
+
+
+def _decision(observation: Observation, executed: list[np.ndarray], chunk: int) -> Decision:
+    """The executed actions [1..K], filled up to K with standing still, gripper as it was."""
+    hold = np.append(np.zeros(ACTION_DIM - 1), executed[-1][-1])
+    rows = np.array([*executed, *[hold] * (chunk - len(executed))], dtype=np.float32)
+    sample = ActionSample(actions=rows, model_chunk=rows, logps=np.zeros(0, dtype=np.float32))
+    return Decision(observation=observation, sample=sample, executed=len(executed))

@@ -1,0 +1,60 @@
+"""Scripted experts: they read the simulator's state and act as a policy would, to demonstrate and to recover."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from envs.experts.grasps import box_grasp, rim_grasp
+from envs.experts.pick_place import PickPlace
+from envs.experts.places import in_basket, on_object
+from envs.experts.scene import Simulated
+from envs.libero import LiberoEnv
+
+EXPERT_TASKS: dict[str, tuple[int, ...]] = {
+    "libero_object": tuple(range(10)),
+    "libero_spatial": (0, 1, 2, 3, 5, 7, 8),
+}
+"""Tasks that have an expert, by suite."""
+
+
+class Expert(Protocol):
+    """Scripted, memoryless: the action is a function of the simulator's state alone."""
+
+    def reset(self, env: Simulated) -> None:
+        """Look the scene up. Call after every reset of `env`."""
+        ...
+
+    def act(self, env: Simulated) -> np.ndarray:
+        """The next action, float32 [7], each in [-1, 1]."""
+        ...
+
+
+def expert_for(env: LiberoEnv) -> Expert:
+    """The expert of the environment's task.
+
+    Raises:
+        ValueError: the task has none; the message names those that have.
+    """
+    task = env.task
+    if task.task_id not in EXPERT_TASKS.get(task.suite, ()):
+        known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in EXPERT_TASKS.items())
+        raise ValueError(
+            f"no scripted expert for {task.suite} task {task.task_id} ({task.name}); tasks with one: {known}"
+        )
+    return _make(env)
+
+
+def _make(env: LiberoEnv) -> Expert:
+    (goal,) = env.domain.parsed_problem["goal_state"]
+    predicate, item, target = goal
+    grasp = rim_grasp if "bowl" in item else box_grasp
+    match predicate:
+        case "in":
+            return PickPlace(
+                item, grasp=grasp, place=partial(in_basket, basket=target.removesuffix("_contain_region"))
+            )
+        case _:
+            return PickPlace(item, grasp=grasp, place=partial(on_object, support=target))

@@ -1,0 +1,93 @@
+"""Pick an object up from above and put it in or on something.
+
+Every choice is a function of the state the simulator is in now (where the gripper, the object and its goal are,
+how far the fingers are open, what they touch): no clock and no memory. So the expert recovers from whatever
+happens to it, and a policy that sees the scene has what it needs to imitate it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.experts.grasps import Grasp
+from envs.experts.scene import GRIPPER_SPAN, Block, Gripper, Scene, Simulated
+from envs.experts.servo import CLOSE, OPEN, move, nearest_yaw, palm_down, turn_left
+
+HOVER = 0.08
+"""Height above the grasp from which the open hand goes straight down, metres."""
+TIP = 0.0095
+"""The fingertips end this far below the grip site, metres."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where to let go."""
+
+    position: np.ndarray
+    """float64 [2], for the object's origin, metres."""
+    release: float
+    """Height of the object's underside at which the fingers open, metres."""
+    clear: float
+    """Height of the object's underside on the way there, metres; >= release."""
+    tolerance: float
+    """Horizontal distance from `position` within which to let go, metres."""
+
+
+class PickPlace:
+    """Moves the object `item`: `grasp` and `place` say, from the scene as it is, where to take it and where to let it
+    go."""
+
+    def __init__(
+        self, item: str, *, grasp: Callable[[Scene, str], Grasp], place: Callable[[Scene, str], Place]
+    ) -> None:
+        self._item = item
+        self._grasp = grasp
+        self._place = place
+
+    def reset(self, env: Simulated) -> None:
+        """Look the scene up; call after every reset of `env`."""
+        self._scene = Scene(env)
+
+    def act(self, env: Simulated) -> np.ndarray:
+        """The next action, float32 [7]."""
+        scene = self._scene
+        gripper, block, place = scene.gripper(), scene.block(self._item), self._place(scene, self._item)
+        if scene.held(self._item):
+            return _carry(gripper, block, place)
+        if math.dist(block.origin[:2], place.position) < place.tolerance + 0.005:
+            return move(gripper, np.zeros(3), rotation=palm_down(nearest_yaw(gripper, 0.0)), grip=OPEN)
+        return _reach(gripper, self._grasp(scene, self._item))
+
+
+def _reach(gripper: Gripper, grasp: Grasp) -> np.ndarray:
+    """Towards the grasp: over it first, then down, then close."""
+    yaw = nearest_yaw(gripper, grasp.yaw)
+    offset = grasp.position - gripper.position
+    misaligned = math.hypot(*offset[:2]) + 0.05 * abs(turn_left(gripper, yaw))
+    missed = gripper.opening < 0.7 * grasp.width
+    if misaligned < 0.012 and abs(offset[2]) < 0.012 and not missed:
+        return move(gripper, offset, rotation=palm_down(yaw), grip=CLOSE)
+    open_enough = gripper.opening > min(grasp.width + 0.015, 0.95 * GRIPPER_SPAN)
+    offset[2] += min(HOVER, 4.0 * max(0.0, misaligned - 0.006)) if open_enough else HOVER
+    return move(gripper, _up_first(offset), rotation=palm_down(yaw), grip=OPEN)
+
+
+def _carry(gripper: Gripper, block: Block, place: Place) -> np.ndarray:
+    """With the object between the fingers: up, across, down, and let go."""
+    offset = np.array([*(place.position - block.origin[:2]), 0.0])
+    distance = math.hypot(*offset[:2])
+    height = min(place.clear, place.release + 2.0 * max(0.0, distance - 0.5 * place.tolerance))
+    offset[2] = height - block.bottom
+    arrived = distance < place.tolerance and block.bottom < place.release + 0.008
+    rotation = palm_down(nearest_yaw(gripper, 0.0))
+    return move(gripper, _up_first(offset), rotation=rotation, grip=OPEN if arrived else CLOSE)
+
+
+def _up_first(offset: np.ndarray) -> np.ndarray:
+    """`offset` [3] without its sideways part while the height to gain is over 7 cm, blended in from there on."""
+    sideways = np.clip(1.5 - offset[2] / 0.05, 0.0, 1.0)
+    return offset * np.array([sideways, sideways, 1.0])

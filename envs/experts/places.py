@@ -1,0 +1,20 @@
+"""Where an object is to be let go so that LIBERO's goal predicate holds."""
+
+from __future__ import annotations
+
+from envs.experts.pick_place import TIP, Place
+from envs.experts.scene import Scene
+
+
+def in_basket(scene: Scene, item: str, *, basket: str) -> Place:
+    """Let go with the fingertips at the rim: a tall object is then inside already, a flat one falls in."""
+    rim = scene.block(basket).top
+    middle, _ = scene.site(f"{basket}_contain_region")
+    hanging = scene.gripper().position[2] - TIP - scene.block(item).bottom
+    return Place(position=middle[:2], release=rim + 0.005 - hanging, clear=rim + 0.02, tolerance=0.03)
+
+
+def on_object(scene: Scene, item: str, *, support: str) -> Place:
+    """Set down in the middle of a plate or bowl, until it touches."""
+    block = scene.block(support)
+    return Place(position=block.origin[:2], release=block.top - 0.01, clear=block.top + 0.04, tolerance=0.015)

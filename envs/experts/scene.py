@@ -1,0 +1,198 @@
+"""What the scripted experts read from the simulator: poses, sizes and contacts that no policy is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+GRIPPER_SPAN = 0.0775
+"""Distance between the pads of the fully opened gripper, metres (measured after settling)."""
+
+
+class Simulated(Protocol):
+    """An environment whose simulator may be read: robosuite's `sim` and LIBERO's problem instance `domain`."""
+
+    @property
+    def sim(self) -> Any: ...
+
+    @property
+    def domain(self) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """The box around a body's collision geometry, as the body stands now. World frame, metres."""
+
+    origin: np.ndarray
+    """float64 [3], the body's origin: what LIBERO's goal predicates look at."""
+    center: np.ndarray
+    """float64 [3]."""
+    axes: np.ndarray
+    """float64 [3, 3], column i is the direction of the box's side i."""
+    half: np.ndarray
+    """float64 [3], half lengths of the sides."""
+
+    @property
+    def reach(self) -> np.ndarray:
+        """float64 [3], half size of the upright box around this one."""
+        return np.abs(self.axes) @ self.half
+
+    @property
+    def top(self) -> float:
+        return float(self.center[2] + self.reach[2])
+
+    @property
+    def bottom(self) -> float:
+        return float(self.center[2] - self.reach[2])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gripper:
+    """The hand. World frame, metres."""
+
+    position: np.ndarray
+    """float64 [3], the grip site between the finger pads; the fingertips end 1 cm below it."""
+    rotation: np.ndarray
+    """float64 [3, 3]; column 2 points out of the palm, column 0 along the line the fingers move on."""
+    opening: float
+    """Distance between the finger pads, 0 to 0.08."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Obstacles:
+    """N upright boxes that the hand had better not meet. World frame, metres."""
+
+    center: np.ndarray
+    """float64 [N, 2]."""
+    line: np.ndarray
+    """float64 [N, 2], unit vector along the first side."""
+    half: np.ndarray
+    """float64 [N, 2], half lengths along `line` and across it."""
+    top: np.ndarray
+    """float64 [N], height of the upper side."""
+
+
+class Scene:
+    """A view of one environment. Names are resolved once, so build it anew after a hard reset."""
+
+    def __init__(self, env: Simulated) -> None:
+        self._domain = env.domain
+        self._sim = env.sim
+        model = self._sim.model
+        gripper = self._domain.robots[0].gripper
+        prefix = gripper.naming_prefix
+        self._grip_site = model.site_name2id(f"{prefix}grip_site")
+        self._fingers = [
+            {model.geom_name2id(name) for name in gripper.important_geoms[side]}
+            for side in ("left_finger", "right_finger")
+        ]
+        self._finger_qpos = [model.get_joint_qpos_addr(name) for name in gripper.joints]
+        self._boxes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._geoms: dict[str, set[int]] = {}
+        self.objects: tuple[str, ...] = tuple(self._domain.objects_dict)
+        self.fixtures: tuple[str, ...] = tuple(
+            name for name in self._domain.fixtures_dict if name in self._domain.obj_body_id
+        )
+        for name in (*self.objects, *self.fixtures):
+            self._measure(name, self._domain.obj_body_id[name])
+        self._fixture_geoms = sorted(set().union(*(self._geoms[name] for name in self.fixtures)))
+
+    def _measure(self, name: str, body: int) -> None:
+        """Box around the collision geoms of `body` and its descendants, in the body's own frame."""
+        model, data = self._sim.model, self._sim.data
+        geoms = [
+            g
+            for g in range(model.ngeom)
+            if (model.geom_contype[g] or model.geom_conaffinity[g])
+            and self._is_part(model.geom_bodyid[g], body)
+        ]
+        self._geoms[name] = set(geoms)
+        position, rotation = data.body_xpos[body], data.body_xmat[body].reshape(3, 3)
+        low, high = np.full(3, np.inf), np.full(3, -np.inf)
+        for g in geoms:
+            frame = rotation.T @ data.geom_xmat[g].reshape(3, 3)
+            center = rotation.T @ (data.geom_xpos[g] - position) + frame @ model.geom_aabb[g][:3]
+            half = np.abs(frame) @ model.geom_aabb[g][3:]
+            low, high = np.minimum(low, center - half), np.maximum(high, center + half)
+        self._boxes[name] = ((low + high) / 2, (high - low) / 2)
+
+    def _is_part(self, body: int, root: int) -> bool:
+        while body > root:
+            body = self._sim.model.body_parentid[body]
+        return bool(body == root)
+
+    def block(self, name: str) -> Block:
+        """The box around object or fixture `name`. Raises KeyError for a name the scene has not got."""
+        center, half = self._boxes[name]
+        body = self._domain.obj_body_id[name]
+        origin = np.array(self._sim.data.body_xpos[body])
+        axes = np.array(self._sim.data.body_xmat[body]).reshape(3, 3)
+        return Block(origin=origin, center=origin + axes @ center, axes=axes, half=half)
+
+    def obstacles(self, *, ignoring: str) -> Obstacles:
+        """One box for every object but `ignoring`, and one for every collision geom of the fixtures."""
+        blocks = [self.block(name) for name in self.objects if name != ignoring]
+        data = self._sim.data
+        parts = self._fixture_geoms
+        frames = np.array(data.geom_xmat[parts]).reshape(-1, 3, 3)
+        box = self._sim.model.geom_aabb[parts]
+        middles = data.geom_xpos[parts] + np.einsum("nij,nj->ni", frames, box[:, :3])
+        return _upright(
+            np.concatenate([[block.center for block in blocks], middles]),
+            np.concatenate([[block.axes for block in blocks], frames]),
+            np.concatenate([[block.half for block in blocks], box[:, 3:]]),
+        )
+
+    def gripper(self) -> Gripper:
+        data = self._sim.data
+        left, right = (float(data.qpos[i]) for i in self._finger_qpos)
+        return Gripper(
+            position=np.array(data.site_xpos[self._grip_site]),
+            rotation=np.array(data.site_xmat[self._grip_site]).reshape(3, 3),
+            opening=left - right,
+        )
+
+    def held(self, name: str) -> bool:
+        """Whether both fingers touch object `name`."""
+        touched = self._touching(self._geoms[name])
+        return all(touched & finger for finger in self._fingers)
+
+    def _touching(self, geoms: set[int]) -> set[int]:
+        """Geoms in contact with any of `geoms`."""
+        data = self._sim.data
+        others = set()
+        for contact in data.contact[: data.ncon]:
+            if contact.geom1 in geoms:
+                others.add(contact.geom2)
+            if contact.geom2 in geoms:
+                others.add(contact.geom1)
+        return others
+
+    def site(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Position float64 [3] and rotation float64 [3, 3] of the site `name`."""
+        index = self._sim.model.site_name2id(name)
+        return (
+            np.array(self._sim.data.site_xpos[index]),
+            np.array(self._sim.data.site_xmat[index]).reshape(3, 3),
+        )
+
+    def joint(self, name: str) -> float:
+        """Position of the one-degree joint `name`, metres or radians."""
+        return float(self._sim.data.qpos[self._sim.model.get_joint_qpos_addr(name)])
+
+
+def _upright(center: np.ndarray, axes: np.ndarray, half: np.ndarray) -> Obstacles:
+    """Boxes [N, 3], [N, 3, 3], [N, 3] as upright boxes around them that keep their heading."""
+    level = np.abs(axes[:, 2, :]).argmin(axis=1)
+    line = axes[np.arange(len(axes)), :2, level]
+    line /= np.linalg.norm(line, axis=1, keepdims=True)
+    across = np.stack([-line[:, 1], line[:, 0]], axis=1)
+    extent = [np.abs(np.einsum("nd,ndi->ni", side, axes[:, :2])) for side in (line, across)]
+    return Obstacles(
+        center=center[:, :2],
+        line=line,
+        half=np.stack([(side * half).sum(axis=1) for side in extent], axis=1),
+        top=center[:, 2] + (np.abs(axes[:, 2]) * half).sum(axis=1),
+    )

@@ -1,0 +1,61 @@
+"""Proportional control of robosuite's OSC_POSE controller, as LIBERO configures it.
+
+An action of 1.0 sets the position goal 0.05 m (the orientation goal 0.5 rad) from the present pose for one
+control step of 1/20 s; the arm then moves at most about 15 mm a step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from envs.experts.scene import Gripper
+
+METRES_PER_UNIT = 0.05
+RADIANS_PER_UNIT = 0.5
+POSITION_GAIN = 1.0
+"""Goal displacement per metre of error: with the controller's own stiffness and damping, critically damped."""
+ROTATION_GAIN = 1.0
+OPEN, CLOSE = -1.0, 1.0
+
+DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+"""Palm down with the fingers moving along the world's y axis: the pose every LIBERO episode starts near."""
+
+
+def palm_down(yaw: float) -> np.ndarray:
+    """Rotation [3, 3] of a palm facing down, turned by `yaw` radians about the world's vertical from `DOWN`."""
+    return Rotation.from_rotvec([0.0, 0.0, yaw]).as_matrix() @ DOWN
+
+
+def nearest_yaw(gripper: Gripper, yaw: float) -> float:
+    """`yaw` or a half turn away from it (the same grasp), whichever the gripper is nearer to. Radians."""
+    now = _yaw(gripper)
+    return now + math.pi / 2 - (math.pi / 2 - (yaw - now)) % math.pi
+
+
+def turn_left(gripper: Gripper, yaw: float) -> float:
+    """Angle from the gripper's heading to `yaw`, radians, signed."""
+    return yaw - _yaw(gripper)
+
+
+def _yaw(gripper: Gripper) -> float:
+    line = gripper.rotation[:2, 0]
+    return math.atan2(-line[0], line[1])
+
+
+def move(
+    gripper: Gripper, displacement: np.ndarray, *, rotation: np.ndarray, grip: float, limit: float = 1.0
+) -> np.ndarray:
+    """Action float32 [7] towards `displacement` metres [3] from here and the orientation `rotation` [3, 3].
+
+    Too long a step is shortened, not bent: all three position components are scaled to `limit`.
+    """
+    step = np.asarray(displacement) * (POSITION_GAIN / METRES_PER_UNIT)
+    step *= min(1.0, limit / max(float(np.abs(step).max()), 1e-9))
+    turn = Rotation.from_matrix(rotation @ gripper.rotation.T).as_rotvec() * (
+        ROTATION_GAIN / RADIANS_PER_UNIT
+    )
+    turn *= min(1.0, 1.0 / max(float(np.abs(turn).max()), 1e-9))
+    return np.concatenate([step, turn, [grip]]).astype(np.float32)
