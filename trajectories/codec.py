@@ -88,19 +88,8 @@ def decode_trajectory(data: bytes, *, source: str = "bytes") -> Trajectory:
     Raises:
         CodecError: truncated, altered, or not a trajectory.
     """
-    if data[: len(_MAGIC)] != _MAGIC:
-        raise CodecError(
-            f"{source}: not a trajectory file (starts with {bytes(data[:8])!r}, expected {_MAGIC!r})"
-        )
+    body = _intact_body(data, source)
     start = len(_MAGIC) + _LENGTH.size
-    if len(data) < start + _DIGEST_BYTES:
-        raise CodecError(f"{source}: truncated ({len(data)} bytes); delete it, its episode can be run again")
-    body = memoryview(data)[:-_DIGEST_BYTES]
-    if hashlib.sha256(body).digest() != data[-_DIGEST_BYTES:]:
-        raise CodecError(
-            f"{source}: truncated or altered (the SHA-256 does not match its {len(data)} bytes); delete it, "
-            "its episode can be run again"
-        )
     try:
         (length,) = _LENGTH.unpack_from(body, len(_MAGIC))
         header = json.loads(bytes(body[start : start + length]))
@@ -128,6 +117,11 @@ def load_trajectory(path: Path) -> Trajectory:
         OSError: the file cannot be read.
     """
     return decode_trajectory(path.read_bytes(), source=str(path))
+
+
+def verify_file(path: Path) -> None:
+    """Check that a file is an intact trajectory, without inflating it; raises as `load_trajectory`."""
+    _intact_body(path.read_bytes(), str(path))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -178,6 +172,23 @@ def episode_record(trajectory: Trajectory, **extra: object) -> dict[str, object]
     if taken:
         raise ValueError(f"an episode record has its own {taken}; give the extra keys other names")
     return record | extra
+
+
+def _intact_body(data: bytes, source: str) -> memoryview:
+    """The bytes before the digest, once it matches them."""
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise CodecError(
+            f"{source}: not a trajectory file (starts with {bytes(data[:8])!r}, expected {_MAGIC!r})"
+        )
+    if len(data) < len(_MAGIC) + _LENGTH.size + _DIGEST_BYTES:
+        raise CodecError(f"{source}: truncated ({len(data)} bytes); delete it, its episode can be run again")
+    body = memoryview(data)[:-_DIGEST_BYTES]
+    if hashlib.sha256(body).digest() != data[-_DIGEST_BYTES:]:
+        raise CodecError(
+            f"{source}: truncated or altered (the SHA-256 does not match its {len(data)} bytes); delete it, "
+            "its episode can be run again"
+        )
+    return body
 
 
 def _stack(trajectory: Trajectory) -> dict[str, np.ndarray]:
