@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class PreferenceLearner:
         """Attach the adapter to `policy.module`, whose weights are frozen from now on and hash to `base_hash`."""
         adapters.attach(policy.module, adapter, seed=seed)
         self._policy = policy
+        self._dropout = adapter.dropout
         self._part = preference
         self._guard = guard
         self._base_hash = base_hash
@@ -172,7 +173,8 @@ class PreferenceLearner:
         for step in range(1, self._part.steps + 1):
             draw = next(draws)
             self._optimizer.zero_grad(set_to_none=True)
-            metrics = accumulate_gradients(draw, self._pool, self._part)
+            with self._forward():
+                metrics = accumulate_gradients(draw, self._pool, self._part)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self._part.grad_clip).item()
             metrics["grad_norm"] = norm
             history.append(metrics)
@@ -229,6 +231,10 @@ class PreferenceLearner:
                 yield
             finally:
                 self._policy.module.eval()
+
+    def _forward(self) -> AbstractContextManager[None]:
+        """Merged weights, once a step, unless dropout needs the adapter's own path."""
+        return nullcontext() if self._dropout else adapters.merged_forward(self._policy.module)
 
     def _remember(self) -> _Before:
         return _Before(

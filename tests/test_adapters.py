@@ -144,6 +144,29 @@ def test_the_merged_model_answers_as_the_adapted_one(method: str) -> None:
 
 
 @METHODS
+def test_the_merged_forward_gives_peft_s_outputs_and_gradients(method: str) -> None:
+    model, _ = trained(method)
+    weights = [layer.get_base_layer().weight for _, layer in adapters.adapted_layers(model)]
+    by_peft = model(TOKENS).logits
+    by_peft.square().mean().backward()
+    parameters = adapters.parameters(model)
+    want = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    model.zero_grad()
+    with adapters.merged_forward(model):
+        by_merging = model(TOKENS).logits
+        # Two micro-batches' worth: gradients add up.
+        (0.25 * model(TOKENS).logits.square().mean()).backward()
+        (0.75 * by_merging.square().mean()).backward()
+    torch.testing.assert_close(by_merging, by_peft, rtol=0, atol=1e-5)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-3, atol=1e-6, msg=name)
+        assert parameter.requires_grad
+    after = [layer.get_base_layer().weight for _, layer in adapters.adapted_layers(model)]
+    assert all(a is b for a, b in zip(after, weights, strict=True))
+    assert all(weight.grad is None for weight in weights)
+
+
+@METHODS
 def test_shards_merge_only_their_own_and_leave_the_base_alone(method: str) -> None:
     model, base = trained(method)
     adapter = adapters.extract(model, base_hash="")
