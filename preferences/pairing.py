@@ -7,6 +7,7 @@ pairs, but then the two sides come from different behaviour policies.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from random import Random
@@ -144,23 +145,17 @@ def mine_pairs(
         if candidate.policy_version not in retired
         and 0 <= current_version - candidate.policy_version <= max_staleness
     ]
-    states: dict[State, list[Candidate]] = {}
-    for candidate in recent:
-        cell, version = candidate.cell, 0 if mix_versions else candidate.policy_version
-        states.setdefault((cell.suite, cell.task_id, cell.init_state, version), []).append(candidate)
     pairs: list[PairRef] = []
-    unpaired = {"success": 0, "timeout": 0, "none": 0}
-    for state, members in sorted(states.items()):
+    kinds: Counter[tuple[bool, bool]] = Counter()
+    for state, members in sorted(_by_state(recent, mix_versions=mix_versions).items()):
         successes, failures = _sides(members, Random(f"{seed}:{state}"))
-        if successes and failures:
-            pairs += _spread(successes, failures, pairs_per_state)
-        else:
-            unpaired["success" if successes else "timeout" if failures else "none"] += 1
+        kinds[bool(successes), bool(failures)] += 1
+        pairs += _spread(successes, failures, pairs_per_state)
     counts = PairCounts(
-        states=len(states),
-        states_all_success=unpaired["success"],
-        states_all_failure=unpaired["timeout"],
-        states_unpairable_other=unpaired["none"],
+        states=kinds.total(),
+        states_all_success=kinds[True, False],
+        states_all_failure=kinds[False, True],
+        states_unpairable_other=kinds[False, False],
         pairs=len(pairs),
         faults=sum(candidate.outcome == "fault" for candidate in recent),
         non_finite=sum(candidate.outcome != "fault" and not candidate.finite for candidate in recent),
@@ -168,6 +163,14 @@ def mine_pairs(
         duplicates=len(given) - len(unique),
     )
     return tuple(pairs), counts
+
+
+def _by_state(candidates: Iterable[Candidate], *, mix_versions: bool) -> dict[State, list[Candidate]]:
+    states: dict[State, list[Candidate]] = {}
+    for candidate in candidates:
+        cell, version = candidate.cell, 0 if mix_versions else candidate.policy_version
+        states.setdefault((cell.suite, cell.task_id, cell.init_state, version), []).append(candidate)
+    return states
 
 
 def _sides(members: Iterable[Candidate], random: Random) -> tuple[list[Candidate], list[Candidate]]:
@@ -186,6 +189,8 @@ def _spread(successes: list[Candidate], failures: list[Candidate], limit: int) -
     Walking both lists round and round in step visits lcm(S, F) distinct pairs; shifting one list by one after each
     such lap visits the rest. Every prefix of the walk is even on both sides.
     """
+    if not successes or not failures:
+        return []
     lap = math.lcm(len(successes), len(failures))
     count = min(limit, len(successes) * len(failures))
     chosen = [successes[k % len(successes)] for k in range(count)]

@@ -95,14 +95,19 @@ def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def hidden_imports(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """An import inside a function needs its reason in a comment, on its line or on the one above."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """A block of imports inside a function needs its reason in a comment, in the block or on the line above it."""
+    lines = ["", *(line.strip() for line in path.read_text(encoding="utf-8").splitlines())]
     for function in functions(tree):
         for node in ast.walk(function):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                near = lines[max(node.lineno - 2, 0) : node.end_lineno]
-                if not any("#" in text for text in near):
-                    yield node.lineno, f"{function.name} imports without saying why it must do so here"
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            first, last = node.lineno, node.end_lineno or node.lineno
+            while lines[first - 1].startswith(("import ", "from ")):
+                first -= 1
+            while last + 1 < len(lines) and lines[last + 1].startswith(("import ", "from ")):
+                last += 1
+            if not any("#" in line for line in lines[first - 1 : last + 1]):
+                yield node.lineno, f"{function.name} imports without saying why it must do so here"
 
 
 def size_breaches(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -182,7 +187,7 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
         "actors/rollout.py": "import ray\nimport torch\nimport envs.libero\nfrom learners import dpo\n",
         "launch.py": "import ray\nfrom actors import pipeline\n",
         "learners/dpo.py": "import torch\nfrom . import batch\nfrom preferences.pairing import x\n",
-        "envs/libero.py": "def f():\n    import mujoco  # reads its renderer from the environment when imported\n",
+        "envs/libero.py": "def f():\n    import mujoco  # reads its renderer when imported\n    import robosuite\n",
         "benchmarks/broadcast.py": "import ray\nimport actors\n" + "x = 1\n" * 400,
         "tests/test_x.py": "import ray\n",
         ".venv/utils.py": "import ray\n",
