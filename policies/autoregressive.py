@@ -39,7 +39,8 @@ class AutoregressivePolicy:
     ) -> None:
         """`chunk` is K; `image_size` the rows and columns that the vision towers were built for."""
         self.module = network
-        self._network = network
+        self.network = network
+        """The same network under its own type."""
         self.tokens = chunk * ACTION_DIM
         """L, tokens of a chunk."""
         self._prompts = prompts
@@ -48,7 +49,7 @@ class AutoregressivePolicy:
 
     @property
     def device(self) -> torch.device:
-        return self._network.proprio_projector.mean.device
+        return self.network.proprio_projector.mean.device
 
     @torch.inference_mode()
     def act(
@@ -65,10 +66,10 @@ class AutoregressivePolicy:
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
         first_id, stop_id = self._actions.first_id, self._actions.stop_id
-        decoder = PackedDecoder(self._network.language_model, first_id=first_id, stop_id=stop_id)
+        decoder = PackedDecoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
         agentview, wrist, proprio, prompt, mask = self._stack(observations)
-        image_tokens = self._network.encode_images(agentview, wrist)
-        prefix = self._network.embed(prompt, image_tokens, proprio)
+        image_tokens = self.network.encode_images(agentview, wrist)
+        prefix = self.network.embed(prompt, image_tokens, proprio)
         lengths = (mask.sum(dim=1) + (prefix.shape[1] - prompt.shape[1])).tolist()
         noise = torch.zeros(self.tokens, len(seeds), self._actions.bins)
         if temperature > 0:
@@ -111,11 +112,11 @@ class AutoregressivePolicy:
 
     def encode_images(self, batch: DecisionBatch) -> torch.Tensor:
         """Projected image tokens [B, N, D] for `score`; constant while only the decoder is adapted."""
-        return self._network.encode_images(batch.agentview_BHWC, batch.wrist_BHWC)
+        return self.network.encode_images(batch.agentview_BHWC, batch.wrist_BHWC)
 
     def score(self, batch: DecisionBatch, image_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probabilities of the chunks' tokens at temperature 1, float32 [B, L], exact, differentiable."""
-        logits = self._network(batch, image_tokens).float()
+        logits = self.network(batch, image_tokens).float()
         chosen = batch.chunk_BL - self._actions.first_id
         return torch.log_softmax(logits, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
@@ -126,7 +127,7 @@ class AutoregressivePolicy:
         Raises ValueError naming the first tensor that is missing, extra, mis-shaped, of another dtype or not
         finite.
         """
-        own = self._network.state_dict()
+        own = self.network.state_dict()
         for name in own:
             if name not in snapshot.tensors:
                 raise ValueError(f"snapshot {snapshot.version} lacks the tensor {name}")

@@ -1,0 +1,45 @@
+"""What a measurement ran on, and the JSON file it is kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "ray", "mujoco", "robosuite", "hf-libero")
+
+
+def software_fingerprint() -> dict[str, Any]:
+    """Versions, processor and threads of this process, ready for JSON. Packages are named as on PyPI."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "gpu": device,
+        "torch_threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write one measurement, making its folder; ends with a newline, keys in the order given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _cpu_model() -> str:
+    """The processor's name, from /proc on Linux and from Python elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
