@@ -123,14 +123,13 @@ def mine_pairs(
         candidates: everything known; an id that comes twice counts once.
         current_version: version in force.
         max_staleness: versions a trajectory may lag behind, >= 0.
-        pairs_per_state: at most this many pairs from one state, >= 1. Within a state, each success is used as often
-            as any other, give or take one, and so is each failure.
+        pairs_per_state: at most this many pairs from one state, >= 1; they use its successes, and its failures,
+            equally often, give or take one.
         seed: fixes which are chosen.
         mix_versions: whether a success may pair with another version's failure.
         retired: versions that were rolled back; their trajectories never pair.
 
-    Raises:
-        ValueError: max_staleness below 0 or pairs_per_state below 1.
+    Raises ValueError when max_staleness is below 0 or pairs_per_state below 1.
     """
     if max_staleness < 0 or pairs_per_state < 1:
         raise ValueError(
@@ -139,12 +138,9 @@ def mine_pairs(
         )
     given = list(candidates)
     unique = {candidate.trajectory_id: candidate for candidate in given}
-    recent = [
-        candidate
-        for candidate in unique.values()
-        if candidate.policy_version not in retired
-        and 0 <= current_version - candidate.policy_version <= max_staleness
-    ]
+    oldest = current_version - max_staleness
+    in_force = [c for c in unique.values() if c.policy_version not in retired]
+    recent = [c for c in in_force if oldest <= c.policy_version <= current_version]
     pairs: list[PairRef] = []
     kinds: Counter[tuple[bool, bool]] = Counter()
     for state, members in sorted(_by_state(recent, mix_versions=mix_versions).items()):
