@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from typing import Any
 
 import gymnasium
@@ -11,6 +9,7 @@ import numpy as np
 
 from configs.schema import EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
+from envs.domain import SoftReset, build_domain
 from envs.libero_setup import prepare_libero
 from envs.tasks import Task, init_states, load_task
 from trajectories.records import ACTION_DIM, PROPRIO_DIM, Observation
@@ -19,7 +18,6 @@ HOLD = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 """The settling action: no motion, gripper open."""
 
 _RANGE_TOLERANCE = 1e-6
-_PLACEMENT_ATTEMPTS = 100
 
 
 class InvalidActionError(ValueError):
@@ -74,14 +72,20 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._environment = environment
         self._init_states = init_states(self.task)
         prepare_libero(self.assets, renderer=environment.renderer)
-        from envs.rendering import CameraRenderer  # mujoco reads its renderer from the environment at import
+        # mujoco and robosuite read their settings from the process environment when first imported.
+        from envs.fast_control import ControlLoop
+        from envs.rendering import CameraRenderer
 
-        self.domain = _build_domain(self.task)
+        self.domain = build_domain(self.task)
+        self._soft_reset = SoftReset(self.domain)
         self._renderer = CameraRenderer(
-            self.sim.model._model, size=environment.image_size, geometry=environment.geometry
+            self.sim.model._model,
+            self.sim.data._data,
+            size=environment.image_size,
+            geometry=environment.geometry,
         )
         side = environment.image_size
-        self.observation_space = gymnasium.spaces.Dict(
+        self.observation_space: gymnasium.Space[Any] = gymnasium.spaces.Dict(
             {
                 "agentview": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8),
                 "wrist": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8),
@@ -89,6 +93,8 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             }
         )
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
+        self._control = ControlLoop(self.domain)
+        self._eef_pos, self._eef_quat, self._fingers = np.zeros(3), np.zeros(4), np.zeros(2)
         self._steps = 0
         self._done = True
 
@@ -111,17 +117,15 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         """
         super().reset(seed=seed)
         index = self._checked_init_state(options or {})
-        placement_seed = seed if seed is not None else int(self.np_random.integers(2**31))
-        with _numpy_seeded(placement_seed):
-            self._reset_domain()
-        self.sim.set_state_from_flattened(self._init_states[index])
-        self.sim.forward()
-        self.domain._check_success()
-        self.domain._post_process()
+        self._soft_reset(
+            seed if seed is not None else int(self.np_random.integers(2**31)), self._init_states[index]
+        )
+        self._control.restart()
+        self._keep_observation()
         for _ in range(self._environment.settle_steps):
             self._advance(HOLD)
         self._steps, self._done = 0, False
-        return self._observe(), {"init_state": index}
+        return self.observe(), {"init_state": index}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """One control step (50 ms of simulated time) and a fresh observation.
@@ -147,6 +151,15 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             InvalidActionError: before the simulator is touched.
             RuntimeError: the episode is over, or was never reset.
         """
+        success, truncated, executed = self.advance(actions)
+        info = {"executed": executed, "success": success}
+        return self.observe(), float(success), success, truncated, info
+
+    def advance(self, actions: np.ndarray) -> tuple[bool, bool, int]:
+        """What `step_chunk` does before it looks: run float [K, 7] actions open-loop, drawing nothing.
+
+        Returns success, truncated, and the number of steps executed. Raises as `step_chunk`.
+        """
         actions = _checked_actions(actions)
         if self._done:
             raise RuntimeError("the episode is over (or was never reset): call reset() before step()")
@@ -159,8 +172,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 break
         truncated = not success and self._steps >= self.max_steps
         self._done = success or truncated
-        info = {"executed": executed, "success": success}
-        return self._observe(), float(success), success, truncated, info
+        return success, truncated, executed
 
     def close(self) -> None:
         """Free the simulator and its GL context. Safe to call twice."""
@@ -169,39 +181,24 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def _advance(self, action: np.ndarray) -> bool:
         """One control step of the simulator; true when the goal holds after it."""
-        domain = self.domain
-        for substep in range(int(domain.control_timestep / domain.model_timestep)):
-            self.sim.forward()
-            domain._pre_action(action, substep == 0)
-            self.sim.step()
-        success = bool(domain._check_success())
-        domain._post_process()
+        self._control.step(action, self._keep_observation)
+        success = bool(self.domain._check_success())
+        self.domain._post_process()
         return success
 
-    def _observe(self) -> dict[str, np.ndarray]:
-        agentview, wrist = self._renderer.render(self.sim.data._data)
-        return {"agentview": agentview, "wrist": wrist, "proprio": self._proprio()}
-
-    def _proprio(self) -> np.ndarray:
+    def _keep_observation(self) -> None:
+        """Note what the cameras and joints show now; `observe` draws this moment."""
+        self._renderer.keep_poses()
         robot, data = self.domain.robots[0], self.sim.data
-        quaternion = data.get_body_xquat(robot.robot_model.eef_name)
-        parts = (
-            data.site_xpos[robot.eef_site_id],
-            axis_angle(quaternion),
-            data.qpos[robot._ref_gripper_joint_pos_indexes],
-        )
-        return np.concatenate(parts).astype(np.float32)
+        np.copyto(self._eef_pos, data.site_xpos[robot.eef_site_id])
+        np.copyto(self._eef_quat, data.get_body_xquat(robot.robot_model.eef_name))
+        np.copyto(self._fingers, data.qpos[robot._ref_gripper_joint_pos_indexes])
 
-    def _reset_domain(self) -> None:
-        from robosuite.utils.errors import RandomizationError  # robosuite is only importable once prepared
-
-        for _ in range(_PLACEMENT_ATTEMPTS):
-            with contextlib.suppress(RandomizationError):
-                self.domain.reset()
-                return
-        raise RuntimeError(
-            f"{self.task.name}: no collision-free placement in {_PLACEMENT_ATTEMPTS} attempts; use another seed"
-        )
+    def observe(self) -> dict[str, np.ndarray]:
+        """Draw the observation of the last control step (or of the reset)."""
+        agentview, wrist = self._renderer.render()
+        proprio = np.concatenate((self._eef_pos, axis_angle(self._eef_quat), self._fingers))
+        return {"agentview": agentview, "wrist": wrist, "proprio": proprio.astype(np.float32)}
 
     def _checked_init_state(self, options: dict[str, Any]) -> int:
         unknown = sorted(set(options) - {"init_state"})
@@ -250,36 +247,3 @@ def _checked_actions(actions: np.ndarray) -> np.ndarray:
             f"action {step} has {checked[step, dim]:g} in dimension {dim}; expected [-1, 1]: clip or unnormalise it"
         )
     return np.clip(checked, -1.0, 1.0)
-
-
-def _build_domain(task: Task) -> Any:
-    """LIBERO's own environment, without its cameras and observables."""
-    import libero.libero.envs.bddl_utils as bddl_utils  # heavy, and only importable once prepared
-    import robosuite
-    from libero.libero.envs import TASK_MAPPING
-
-    problem = bddl_utils.get_problem_info(str(task.bddl_file))["problem_name"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        domain = TASK_MAPPING[problem](
-            str(task.bddl_file),
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=False,
-            ignore_done=True,
-            hard_reset=False,
-        )
-    return domain
-
-
-@contextlib.contextmanager
-def _numpy_seeded(seed: int) -> Any:
-    """Seed numpy's global generator, which LIBERO's placement draws from, and put the caller's stream back after."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)

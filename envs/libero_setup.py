@@ -62,7 +62,7 @@ def prepare_libero(assets: ResolvedAssets, *, renderer: Renderer = "auto") -> No
     _load_robosuite_settings()
     with contextlib.redirect_stdout(io.StringIO()):
         import libero.libero
-        import libero.libero.envs  # noqa: F401  (its import prints)
+        import libero.libero.envs
     libero.libero._assets_path_cache = str(assets.path)
 
 
@@ -76,7 +76,7 @@ def select_renderer(renderer: Renderer) -> str:
         RuntimeError: MuJoCo was already loaded with another renderer.
     """
     current = os.environ.get("MUJOCO_GL", "").strip().lower()
-    chosen = renderer
+    chosen: str = renderer
     if renderer == "auto":
         chosen = current if current in ("osmesa", "egl") else _detect_renderer()
     if "mujoco" in sys.modules and current != chosen:
