@@ -144,7 +144,7 @@ def test_a_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
         ("name.first=x", '`name` = {"first": "x"}: expected text; it is a value, not a part'),
         (
             "policy.vision=7",
-            "`policy.vision` = 7: expected a part with keys width, layers, heads, patch, merge",
+            "`policy.vision` = 7: expected a part with keys width, layers, heads, ",
         ),
         ("preference.beta", "expected part.key=value, for example preference.beta=0.05"),
         (".beta=1", "expected part.key=value, for example preference.beta=0.05"),
