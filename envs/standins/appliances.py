@@ -95,7 +95,7 @@ def _drawer(level: str, floor: float, handle: float, middle: float, wood: Colour
 
 def _flat_stove() -> Model:
     """A square burner and, beside it, a knob that turns it on; LIBERO shows the site `burner` when it is on."""
-    plate = replace(block((-95.0, 95.0), (-95.0, 95.0), (24.5, 25.5), COIL), drawn=False, opacity=0.0)
+    plate = replace(block((-95.0, 95.0), (-95.0, 95.0), (20.0, 25.5), COIL), drawn=False, opacity=0.0)
     coil = tuple(replace(shape, solid=False) for shape in ring(68.0, 22.5, (4.5, 2.5), COIL, count=16))
     burner = Body(
         name="burner",

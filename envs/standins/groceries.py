@@ -41,7 +41,7 @@ def groceries() -> tuple[Model, ...]:
         _grocery("milk", 31.7, stand_on_y(_carton(WHITE, RED, BLUE)), (-60.0, 40.0, 30.0)),
         _grocery("orange_juice", 31.7, stand_on_y(_carton(YELLOW, ORANGE, ORANGE))),
         _grocery("butter", 5.2, _packet((38.0, 20.0, 8.7), RED, YELLOW), (-20.0, 20.0, 20.0)),
-        _grocery("cream_cheese", 6.2, _packet((40.5, 21.0, 9.0), SKY, BLUE), (-25.0, 25.0, 30.0)),
+        _grocery("cream_cheese", 6.2, _packet((40.0, 21.0, 8.9), SKY, BLUE), (-25.0, 25.0, 30.0)),
         _grocery("chocolate_pudding", 10.2, _packet((40.5, 23.0, 13.5), BROWN, SKY)),
         _grocery("cookies", 9.6, _packet((31.0, 41.0, 9.4), WHITE, RED)),
         _new_salad_dressing(),
@@ -113,7 +113,7 @@ def _new_salad_dressing() -> Model:
 
 def _carton(side: Colour, roof: Colour, foot: Colour) -> Shapes:
     """A gable-top carton."""
-    half = 26.2
+    half = 25.9
     slopes: list[Shape] = [
         box((0.0, sign * 13.4, 47.8), (26.2, 14.0, 2.2), roof, about("x", -sign * 42.0)) for sign in (-1, 1)
     ]

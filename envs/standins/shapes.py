@@ -144,6 +144,7 @@ def ring(
     *,
     count: int,
     lean: float = 0.0,
+    start: float = 0.0,
 ) -> Shapes:
     """A round wall of `count` boxes.
 
@@ -152,13 +153,14 @@ def ring(
         z: height of the box centres.
         wall: half thickness and half height (along the slope).
         lean: angle by which the wall leans outwards.
+        start: direction, seen from the axis, of the first box.
     """
     thickness, height = wall
     widest = radius + height * math.sin(math.radians(abs(lean)))
     width = widest * math.tan(math.pi / count)
     shapes = []
     for i in range(count):
-        angle = 360 * i / count
+        angle = start + 360 * i / count
         place = (
             centre[0] + radius * math.cos(math.radians(angle)),
             centre[1] + radius * math.sin(math.radians(angle)),
