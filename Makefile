@@ -69,8 +69,8 @@ format: setup  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: setup  ## every benchmark script: a table each, and JSON in benchmarks/out/
-	@for script in benchmarks/[a-z]*.py; do \
+benchmarks: setup  ## every benchmark script: a table each, and a JSON file with what it ran on
+	@for script in $$(grep -l __main__ benchmarks/*.py); do \
 		name=$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays

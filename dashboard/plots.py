@@ -146,22 +146,25 @@ def plot_pairs(run: Run, path: Path) -> Path:
         bars = left.bar(rounds, [line["pairs"] for line in lines], width=0.6, color=BLUE)
         left.bar_label(bars, padding=2)
         left.set(title="Pairs mined", xlabel="round", ylabel="pairs")
-        mixed = [
-            max(line["states"] - line["states_all_success"] - line["states_all_failure"], 0) for line in lines
-        ]
+        alike = ("states_all_success", "states_all_failure", "states_unpairable_other")
+        mixed = [line["states"] - sum(line[name] for name in alike) for line in lines]
         floor = [0.0] * len(lines)
         for label, colour, hatch, counts in (
             ("both outcomes: can pair", BLUE, "", mixed),
             ("only successes", SKY, "//", [line["states_all_success"] for line in lines]),
             ("only failures", ORANGE, "\\\\", [line["states_all_failure"] for line in lines]),
+            ("only faults", GREY, "..", [line["states_unpairable_other"] for line in lines]),
         ):
+            if not any(counts):
+                continue
             bars = right.bar(
                 rounds, counts, 0.6, floor, color=colour, hatch=hatch, edgecolor="white", label=label
             )
             right.bar_label(bars, [str(n) if n else "" for n in counts], label_type="center", **_INSIDE)
             floor = [a + b for a, b in zip(floor, counts, strict=True)]
         right.set(title="Initial states, by their outcomes", xlabel="round", ylabel="initial states")
-        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if lines:
+            right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,6 +11,7 @@ from dashboard.plots import plot_margins, plot_pairs, plot_success
 from dashboard.rates import Rate, flips, rate_of
 from dashboard.run_folder import Run, read_run
 from dashboard.videos import Contrast, find_contrasts, task_instructions, write_strip, write_video
+from dashboard.wording import counted, duration, interval, number, p_value, percent, table_row
 
 MAX_VIDEOS = 3
 STAND_IN_WARNING = (
@@ -63,12 +64,12 @@ def _result(run: Run) -> list[str]:
     result = run.result
     before, after, p = result["success_before"], result["success_after"], result["mcnemar_p"]
     lines += [
-        f"**Held-out success {_percent(before)} -> {_percent(after)}** ({_verdict(before, after, p)})",
+        f"**Held-out success {percent(before)} -> {percent(after)}** ({_verdict(before, after, p)})",
         "",
         f"{where}; {result['held_out_episodes']} held-out episodes, the same cells before and after.",
-        f"95 % Wilson intervals: {_interval(result['wilson_before'])} before, "
-        f"{_interval(result['wilson_after'])} after. Exact McNemar test on the paired cells: p {_p(p)}.",
-        f"{_duration(result['wall_s'])} in all; {result['env_steps_per_s']:.0f} simulator steps per second.",
+        f"95 % Wilson intervals: {interval(result['wilson_before'])} before, "
+        f"{interval(result['wilson_after'])} after. Exact McNemar test on the paired cells: p {p_value(p)}.",
+        f"{duration(result['wall_s'])} in all; {result['env_steps_per_s']:.0f} simulator steps per second.",
     ]
     if _stands_in(run):
         lines += ["", f"> {STAND_IN_WARNING}"]
@@ -82,22 +83,30 @@ def _verdict(before: float, after: float, p: float) -> str:
 
 
 def _story(run: Run) -> list[str]:
-    lines = ["## What happened", ""]
+    decided = Counter(str(event["event"]) for event in run.occurrences("promoted", *_REFUSED))
+    promoted = [event["version"] for event in run.occurrences("promoted")]
+    refused = ", ".join(f"{decided[kind]} {words}" for kind, words in _REFUSED.items() if decided[kind])
+    lines = [
+        "## What happened",
+        "",
+        f"{counted(len(promoted), 'new version')} promoted, {refused or 'none refused'}. "
+        f"**The fleet ends on version {promoted[-1] if promoted else 0}.**",
+        "",
+    ]
     demos = sum(episode.success for episode in run.phase("demonstration"))
     if demos:
-        lines.append(f"* Supervised start on {demos} scripted demonstrations: version 0.")
+        lines.append(f"* Supervised start on {counted(demos, 'scripted demonstration')}: version 0.")
     for index, numbers in sorted(run.rounds().items()):
         lines.append(f"* **Round {index}.** {_round_sentence(run, index, numbers)}")
-    events = run.occurrences("promoted", "rolled_back", "tripped")
-    serving = max((e["version"] for e in events if e["event"] == "promoted"), default=0)
-    stopped = Counter(str(e["event"]) for e in events if e["event"] != "promoted")
-    kept = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in sorted(stopped.items())) or "none refused"
-    promoted = len(events) - sum(stopped.values())
-    lines.append(f"* {promoted} new versions promoted, {kept}. **The fleet ends on version {serving}.**")
     return lines
 
 
-_KINDS = {"rolled_back": "rolled back by the canary", "tripped": "stopped by the tripwire"}
+_REFUSED = {
+    "rolled_back": "rolled back by the canary",
+    "tripped": "stopped by the tripwire",
+    "skipped": "skipped for want of data",
+}
+"""Events that keep the version in force, and how the summary puts them."""
 
 
 def _round_sentence(run: Run, index: int, numbers: Mapping[str, Any]) -> str:
@@ -106,10 +115,10 @@ def _round_sentence(run: Run, index: int, numbers: Mapping[str, Any]) -> str:
     rate = rate_of(rollouts)
     if rate is not None:
         versions = ", ".join(str(v) for v in sorted({e.policy_version for e in rollouts}))
-        parts.append(f"{rate.episodes} rollouts of version {versions}, {_percent(rate.value)} successful.")
+        parts.append(f"{rate.episodes} rollouts of version {versions}, {percent(rate.value)} successful.")
     if "pairs" in numbers:
         parts.append(
-            f"{numbers['pairs']} pairs from {numbers['states']} initial states, of which "
+            f"{counted(numbers['pairs'], 'pair')} from {counted(numbers['states'], 'initial state')}, of which "
             f"{numbers['states_all_success']} gave only successes and {numbers['states_all_failure']} only failures."
         )
     parts += [_fate(event) for event in run.events if event.get("round") == index]
@@ -127,15 +136,15 @@ def _fate(event: Mapping[str, Any]) -> str:
             return (
                 f"The update was **stopped by the tripwire**: {event['reason']}. The fleet kept its version."
             )
-        case "promoted_untried" | "starved" | "no_pairs":
-            return f"No new version: {event.get('reason', 'nothing to learn from')}."
+        case "skipped":
+            return f"No update: {event['reason']}."
     return ""
 
 
 def _canary(event: Mapping[str, Any]) -> str:
     return (
         f"{event['after']} successes on {event['cells']} canary cells against {event['before']} of the version in "
-        f"force (one-sided McNemar test of being worse: p {_p(event['p_worse'])})"
+        f"force (one-sided McNemar test of being worse: p {p_value(event['p_worse'])})"
     )
 
 
@@ -145,7 +154,7 @@ def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]
     if not versions:
         return [*lines, "No held-out episodes."]
     heads = [f"version {version}" for version in versions]
-    lines += [_row("task", *heads, "gained", "lost"), _row(*["---"] * (len(versions) + 3))]
+    lines += [table_row("task", *heads, "gained", "lost"), table_row(*["---"] * (len(versions) + 3))]
     groups = [
         (_task_name(task, instructions), [e for e in episodes if e.task == task]) for task in run.tasks()
     ]
@@ -153,7 +162,9 @@ def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]
         by_version = [[e for e in group if e.policy_version == version] for version in versions]
         change = flips(by_version[0], by_version[-1])
         lines.append(
-            _row(name, *[_rate(rate_of(part)) for part in by_version], str(change.gained), str(change.lost))
+            table_row(
+                name, *[_rate(rate_of(part)) for part in by_version], str(change.gained), str(change.lost)
+            )
         )
     lines += [
         "",
@@ -187,10 +198,13 @@ def _learning(run: Run) -> list[str]:
         ("decisions per batch", "batch_fill", 1),
         ("ms per batch", "act_ms", 1),
     )
-    lines += [_row("round", *[head for head, _, _ in columns]), _row(*["---:"] * (len(columns) + 1))]
+    lines += [
+        table_row("round", *[head for head, _, _ in columns]),
+        table_row(*["---:"] * (len(columns) + 1)),
+    ]
     for index, numbers in sorted(run.rounds().items()):
-        cells = [_number(numbers.get(key), digits) for _, key, digits in columns]
-        lines.append(_row(str(index), *cells))
+        cells = [number(numbers.get(key), digits) for _, key, digits in columns]
+        lines.append(table_row(str(index), *cells))
     return lines
 
 
@@ -212,13 +226,20 @@ def _faults(run: Run) -> list[str]:
     lines = ["## Faults and restarts", ""]
     reasons = Counter(episode.fault for episode in run.episodes if episode.outcome == "fault")
     for reason, count in reasons.most_common(10):
-        lines.append(f"* {count} episode{'s' if count > 1 else ''} quarantined: {reason}")
-    others = Counter(
-        str(event["event"])
-        for event in run.events
-        if event["event"] not in ("promoted", "rolled_back", "quarantined")
-    )
-    lines += [f"* {name.replace('_', ' ')}: {count}" for name, count in sorted(others.items())]
+        lines.append(f"* {counted(count, 'episode')} quarantined: {reason}")
+    # An event with an attempt number comes from an episode whose actor died; one without it was listed above.
+    given_up = [event for event in run.occurrences("quarantined") if "attempt" in event]
+    for count, what in (
+        (
+            len(run.occurrences("requeued")),
+            "run again from the start, because the rollout actor died or hung",
+        ),
+        (len(given_up), "given up: the rollout actor died each time"),
+    ):
+        if count:
+            lines.append(f"* {counted(count, 'episode')} {what}")
+    restarts = Counter(str(event.get("reason", "it died")) for event in run.occurrences("actor_restarted"))
+    lines += [f"* {counted(n, 'rollout actor')} restarted: {reason}" for reason, n in restarts.most_common()]
     if len(lines) == 2:
         lines.append("None: no episode was quarantined, no actor restarted.")
     return lines
@@ -228,9 +249,9 @@ def _stack(run: Run) -> list[str]:
     lines = ["## The stack", ""]
     if not run.fingerprint:
         return [*lines, "No fingerprint was written."]
-    lines += [_row("", ""), _row("---", "---")]
+    lines += [table_row("", ""), table_row("---", "---")]
     for name, value in _flat(run.fingerprint):
-        lines.append(_row(name, f"`{value}`"))
+        lines.append(table_row(name, f"`{value}`"))
     return [*lines, "", "The recipe as it was resolved: [recipe.yaml](recipe.yaml)."]
 
 
@@ -248,32 +269,7 @@ def _stands_in(run: Run) -> bool:
     return "stand-in" in str(run.result.get("assets", ""))
 
 
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _rate(rate: Rate | None) -> str:
     if rate is None:
         return "-"
-    return f"{rate.successes}/{rate.episodes} = {_percent(rate.value)} ({_interval(rate.interval)})"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _interval(bounds: Sequence[float]) -> str:
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
-
-
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{rate.successes}/{rate.episodes} = {percent(rate.value)} ({interval(rate.interval)})"

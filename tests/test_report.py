@@ -108,12 +108,18 @@ def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fau
     ]
     (folder / "trajectories").mkdir()
     for episode in rollouts:
-        save_trajectory(folder / "trajectories" / f"{episode.trajectory_id}.traj", episode)
+        save_trajectory(folder / "trajectories" / f"{episode.trajectory_id}.trajectory", episode)
     lines = [{"phase": "rollout", "round": 0, **episode_record(e)} for e in rollouts]
     if fault:
         lines.append(lines[2] | {"seed": 1001, "outcome": "fault", "fault": fault})
     write_lines(folder / "episodes.jsonl", lines + evaluation_lines(0, 4) + evaluation_lines(1, 8))
-    counts = {"pairs": pairs, "states": 10, "states_all_success": 2, "states_all_failure": 3}
+    counts = {
+        "pairs": pairs,
+        "states": 10,
+        "states_all_success": 2,
+        "states_all_failure": 3,
+        "states_unpairable_other": 0,
+    }
     metrics = [
         {
             "stage": "rollout",
@@ -234,11 +240,31 @@ def test_no_pairs_and_no_contrast(tmp_path: Path) -> None:
 
 
 def test_faults_and_restarts_are_counted(tmp_path: Path) -> None:
-    restart = {"event": "actor_restarted", "actor": 1}
-    folder = write_run(tmp_path / "toy", events=[PROMOTED, restart, restart], fault="InvalidActionError: nan")
+    events = [
+        {"event": "quarantined", "cell": "4fe1", "reason": "InvalidActionError: nan"},
+        {
+            "event": "requeued",
+            "cell": "libero_object/0/3/1000",
+            "actor": 1,
+            "reason": "ActorDiedError",
+            "attempt": 1,
+        },
+        {
+            "event": "requeued",
+            "cell": "libero_object/0/3/1000",
+            "actor": 1,
+            "reason": "ActorDiedError",
+            "attempt": 2,
+        },
+        {"event": "quarantined", "cell": "libero_object/0/3/1000", "actor": 1, "reason": "x", "attempt": 3},
+        {"event": "actor_restarted", "actor": 1, "reason": "an episode took longer than 600 s"},
+    ]
+    folder = write_run(tmp_path / "toy", events=[PROMOTED, *events], fault="InvalidActionError: nan")
     text = write_report(folder).read_text()
     assert "* 1 episode quarantined: InvalidActionError: nan" in text
-    assert "* actor restarted: 2" in text
+    assert "* 2 episodes run again from the start, because the rollout actor died or hung" in text
+    assert "* 1 episode given up: the rollout actor died each time" in text
+    assert "* 1 rollout actor restarted: an episode took longer than 600 s" in text
 
 
 def test_an_unfinished_run_gets_a_report_of_what_there_is(tmp_path: Path) -> None:
