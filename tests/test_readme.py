@@ -1,0 +1,51 @@
+"""The README's picture of the house is the house."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HIDDEN = {"README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"}
+"""At the root, and not worth a line in the file tree."""
+PASSING = {"runs", "build", "docs"}
+"""Folders that come and go."""
+
+
+def tree() -> list[str]:
+    """Paths named in the README's file tree, indented ones below the last folder at the margin."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"## The house\n\n```\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    paths: list[str] = []
+    for line in block[1].splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            name = (
+                next(path for path in reversed(paths) if path.endswith("/") and path.count("/") == 1) + name
+            )
+        paths.append(name)
+    return paths
+
+
+def test_everything_in_the_file_tree_exists() -> None:
+    missing = [path for path in tree() if path.rstrip("/") not in PASSING and not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_everything_at_the_root_is_in_the_file_tree() -> None:
+    there = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in ROOT.iterdir()
+        if not path.name.startswith(".")
+        and path.name not in PASSING | HIDDEN
+        and not path.name.endswith(".egg-info")
+    }
+    assert there - set(tree()) == set()
+
+
+def test_every_named_recipe_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"configs/[\w-]+\.yaml", text))
+    assert named >= {"configs/quickstart.yaml"}
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
