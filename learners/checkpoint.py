@@ -58,7 +58,7 @@ def save_checkpoint(
     staging = folder / f"{_STAGING}{name}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
-        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, staging / TENSORS)
+        save_file({key: np.asarray(array, order="C") for key, array in tensors.items()}, staging / TENSORS)
         (staging / METADATA).write_text(json.dumps(dict(metadata), indent=1, sort_keys=True))
         files = {file: _flush_and_digest(staging / file) for file in (TENSORS, METADATA)}
         body = {"sequence": 1 + _highest_sequence(folder), "files": files}

@@ -1,0 +1,446 @@
+"""The supervised and the preference learner on a small policy of the real classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import (
+    AdapterPart,
+    DecoderPart,
+    GuardPart,
+    PolicyPart,
+    PreferencePart,
+    SupervisedPart,
+    VisionPart,
+)
+from learners.decisions import DecisionPool, shift_images
+from learners.preference import PreferenceLearner
+from learners.report import Tripwire
+from learners.supervised import SupervisedLearner, schedule
+from learners.terms import Draw, Side, accumulate_gradients
+from policies import adapters
+from policies.make import make_policy
+from policies.protocol import Policy
+from trajectories.records import (
+    ActionSample,
+    Cell,
+    Decision,
+    Observation,
+    Outcome,
+    PreferencePair,
+    Trajectory,
+)
+
+SIZE, CHUNK = 16, 2
+TOKENS = CHUNK * 7
+PART = PolicyPart(
+    vision=VisionPart(width=16, layers=1, heads=2),
+    decoder=DecoderPart(width=32, layers=2, heads=2, mlp=48),
+    bins=5,
+    chunk=CHUNK,
+)
+ADAPTER = AdapterPart(rank=4, alpha=8)
+TASKS = ("put the bowl on the plate", "open the middle drawer of the cabinet")
+
+
+def new_policy() -> Policy:
+    """As opinionated as a trained one: with a fresh head every token is nearly uniform, whatever the decoder says."""
+    policy = make_policy(PART, image_size=SIZE, seed=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        policy.module.get_parameter("language_model.lm_head.weight").mul_(10)
+    return policy
+
+
+def observations(count: int, seed: int) -> list[Observation]:
+    rng = np.random.default_rng(seed)
+    return [
+        Observation(
+            agentview=rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
+            wrist=rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
+            proprio=rng.standard_normal(8).astype(np.float32),
+            instruction=TASKS[seed % 2],
+        )
+        for _ in range(count)
+    ]
+
+
+def episode(
+    policy: Policy, *, seed: int, outcome: Outcome, init_state: int = 0, length: int = 6
+) -> Trajectory:
+    """What the policy would have recorded: its own samples and log-probs, on random observations."""
+    seen = observations(length, seed)
+    samples = policy.act(seen, seeds=[1000 * seed + k for k in range(length)], temperature=1.0)
+    return Trajectory(
+        cell=Cell(suite="libero_goal", task_id=0, init_state=init_state, seed=seed),
+        decisions=tuple(
+            Decision(observation=o, sample=s, executed=CHUNK) for o, s in zip(seen, samples, strict=True)
+        ),
+        outcome=outcome,
+        env_steps=length * CHUNK,
+        policy_version=0,
+        policy_hash="start",
+    )
+
+
+def pairs_of(policy: Policy, count: int, length: int = 6) -> list[PreferencePair]:
+    return [
+        PreferencePair(
+            chosen=episode(policy, seed=2 * i, outcome="success", init_state=i, length=length),
+            rejected=episode(policy, seed=2 * i + 1, outcome="timeout", init_state=i, length=length + i),
+        )
+        for i in range(count)
+    ]
+
+
+def demonstration(seed: int, length: int = 6) -> Trajectory:
+    rng = np.random.default_rng(seed)
+    return Trajectory(
+        cell=Cell(suite="libero_goal", task_id=0, init_state=0, seed=seed),
+        decisions=tuple(
+            Decision(
+                observation=seen,
+                sample=ActionSample(
+                    actions=rng.uniform(-1, 1, (CHUNK, 7)).astype(np.float32),
+                    model_chunk=np.zeros(0, np.int64),
+                    logps=np.zeros(0, np.float32),
+                ),
+                executed=CHUNK,
+            )
+            for seen in observations(length, seed)
+        ),
+        outcome="success",
+        env_steps=length * CHUNK,
+        policy_version=-1,
+        policy_hash="expert",
+    )
+
+
+def new_learner(
+    policy: Policy, part: PreferencePart, adapter: AdapterPart = ADAPTER, drop: float = 0.5
+) -> PreferenceLearner:
+    return PreferenceLearner(
+        policy,
+        adapter=adapter,
+        preference=part,
+        guard=GuardPart(chosen_drop=drop),
+        base_hash="start",
+        seed=0,
+    )
+
+
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray], *, but: str = "generator") -> bool:
+    assert set(first) == set(second)
+    return all(np.array_equal(first[name], second[name]) for name in first if name != but)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("reference", ["behaviour", "start"])
+def test_the_first_step_of_the_acting_policy_is_exactly_undecided(method: str, reference: str) -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 3)
+    part = PreferencePart(steps=1, reference=reference, beta=0.1)
+    report = new_learner(policy, part, AdapterPart(method=method, rank=4, alpha=8)).update(pairs, (), ())
+    first = report.history[0]
+    assert report.stopped == ""
+    assert first["preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)
+    assert first["chosen_logratio"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] == pytest.approx(math.log(2) + 0.2 * first["anchor_nll"], abs=1e-5)
+    assert "success_nll" not in first
+    assert "demo_nll" not in first
+
+
+def test_recorded_and_recomputed_references_agree_on_the_start_policy_s_own_episodes() -> None:
+    histories = []
+    for reference in ("behaviour", "start"):
+        policy = new_policy()
+        pairs = pairs_of(policy, 3)
+        part = PreferencePart(steps=5, reference=reference, lr=1e-3, beta=0.1)
+        histories.append(new_learner(policy, part).update(pairs, (), ()).history)
+    # Before the first step no pair is decided, and rounding alone says which side is ahead.
+    assert [h[0].pop("accuracy") <= 1 for h in histories] == [True, True]
+    for recorded, recomputed in zip(*histories, strict=True):
+        assert recorded == pytest.approx(recomputed, abs=1e-3)
+
+
+@pytest.mark.parametrize(("method", "loss", "margin"), [("dora", "sigmoid", 1.0), ("lora", "ipo", 0.4)])
+def test_learning_tells_chosen_from_rejected(method: str, loss: str, margin: float) -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 4)
+    successes = [pair.chosen for pair in pairs]
+    demos = [demonstration(seed=50)]
+    part = PreferencePart(steps=60, lr=5e-3, beta=0.1, loss=loss, success_weight=1, demo_weight=1)
+    learner = new_learner(policy, part, AdapterPart(method=method, rank=4, alpha=8))
+    steps: list[int] = []
+    report = learner.update(pairs, successes, demos, on_step=lambda step, metrics: steps.append(step))
+    first, last = report.history[0], report.metrics
+    assert report.stopped == ""
+    assert report.steps == 60
+    assert steps == list(range(1, 61))
+    assert last["preference_loss"] < 0.3 * first["preference_loss"]
+    assert last["accuracy"] == 1
+    assert last["margin"] > margin
+    assert last["chosen_logratio"] > 0.01
+    assert last["rejected_logratio"] < -0.01
+    assert last["success_nll"] < first["success_nll"]
+    assert last["demo_nll"] < first["demo_nll"]
+    assert report.summary()["margin"] == last["margin"]
+
+
+def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 5, length=10)
+    successes = [episode(policy, seed=77, outcome="success", length=12)]
+    demos = [demonstration(seed=51)]
+    adapters.attach(policy.module, ADAPTER, seed=0)
+    parameters = adapters.parameters(policy.module)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    pool = DecisionPool(policy, start_reference=False)
+    pool.hold([t for pair in pairs for t in (pair.chosen, pair.rejected)] + successes + demos)
+    some = torch.tensor([1, 3, 4, 8])
+    sides = [
+        (
+            Side(rows=pool.rows(pair.chosen), weight=1.0),
+            Side(rows=pool.rows(pair.rejected)[some], weight=len(pair.rejected.decisions) / 4),
+        )
+        for pair in pairs
+    ]
+    draw = Draw(pairs=sides, successes=pool.rows(successes[0]), demos=pool.rows(demos[0])[:3])
+    assert sum(len(side.rows) for pair in sides for side in pair) > 64
+
+    part = PreferencePart(beta=0.05, rejected_floor=0.02)
+    with adapters.merged_forward(policy.module):
+        metrics = accumulate_gradients(draw, pool, part)
+    found = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    policy.module.zero_grad()
+
+    def score(trajectory: Trajectory) -> torch.Tensor:
+        chunks = [
+            d.sample.model_chunk if trajectory.policy_version >= 0 else policy.encode(d.sample.actions)
+            for d in trajectory.decisions
+        ]
+        return policy.score(policy.batch([d.observation for d in trajectory.decisions], chunks))
+
+    def recorded(trajectory: Trajectory) -> torch.Tensor:
+        return torch.from_numpy(np.stack([d.sample.logps for d in trajectory.decisions]))
+
+    losses, anchors, held = [], [], []
+    for pair, (_, side) in zip(pairs, sides, strict=True):
+        chosen = score(pair.chosen)
+        anchors.append(-chosen)
+        rejected = (score(pair.rejected) - recorded(pair.rejected))[some].sum(-1)
+        held.append(rejected < -0.02 * TOKENS)
+        margin = (chosen - recorded(pair.chosen)).sum() - side.weight * rejected.clamp(
+            min=-0.02 * TOKENS
+        ).sum()
+        losses.append(-torch.nn.functional.logsigmoid(0.05 * margin))
+    whole = (
+        torch.stack(losses).mean()
+        + 0.2 * torch.cat(anchors).mean()
+        - 0.2 * score(successes[0]).mean()
+        - 0.1 * score(demos[0])[:3].mean()
+    )
+    whole.backward()
+    share = torch.cat(held).float().mean().item()
+    assert 0 < share < 1
+    assert metrics["held"] == pytest.approx(share)
+    assert metrics["loss"] == pytest.approx(whole.item(), abs=1e-4)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_reference_gets_no_gradient() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 2)
+    before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
+    part = PreferencePart(steps=3, reference="start")
+    new_learner(policy, part).update(pairs, (), ())
+    after = policy.module.state_dict()
+    for name, tensor in before.items():
+        layer, _, kind = name.rpartition(".")
+        kept = after[name] if name in after else after[f"{layer}.base_layer.{kind}"]
+        assert torch.equal(kept, tensor), name
+    assert all(p.grad is None for name, p in policy.module.named_parameters() if "lora_" not in name)
+
+
+def test_the_floor_bounds_how_far_rejected_chunks_are_pushed() -> None:
+    final = {}
+    for floor in (0.05, 50.0):
+        policy = new_policy()
+        pairs = pairs_of(policy, 2)
+        part = PreferencePart(steps=80, lr=5e-3, beta=0.1, rejected_floor=floor, anchor_weight=0)
+        report = new_learner(policy, part, drop=50).update(pairs, (), ())
+        final[floor] = report.metrics
+    assert final[0.05]["held"] > 0.9
+    assert final[50.0]["held"] == 0
+    assert final[50.0]["rejected_logratio"] < 2 * final[0.05]["rejected_logratio"] < 0
+
+
+@pytest.mark.parametrize(("lr", "beta", "reason"), [(0.1, 20.0, "fell"), (1e30, 0.1, "not finite")])
+def test_a_destructive_update_trips_and_is_undone_to_the_bit(lr: float, beta: float, reason: str) -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 3)
+    learner = new_learner(policy, PreferencePart(steps=4, lr=1e-3))
+    assert learner.update(pairs, (), ()).stopped == ""
+    kept = learner.state()
+    seen = observations(2, 9)
+    batch = policy.batch(seen, [d.sample.model_chunk for d in pairs[0].chosen.decisions[:2]])
+    scores = policy.score(batch).detach()
+
+    reckless = PreferencePart(steps=100, lr=lr, beta=beta, anchor_weight=0, grad_clip=1e9)
+    policy_2 = new_policy()
+    learner_2 = new_learner(policy_2, reckless)
+    learner_2.load_state(kept)
+    report = learner_2.update(pairs, (), ())
+    assert report.stopped == "tripped"
+    assert reason in report.reason
+    assert 1 <= report.steps < 100
+    assert report.value < -0.5 or not math.isfinite(report.value)
+    assert same(learner_2.state(), kept)
+    assert torch.equal(policy_2.score(batch).detach(), scores)
+
+
+def test_the_last_step_is_judged_too() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 2)
+    learner = new_learner(policy, PreferencePart(steps=1, lr=30.0, anchor_weight=0))
+    kept = learner.state()
+    report = learner.update(pairs, (), ())
+    assert report.stopped == "tripped"
+    assert report.steps == 1
+    assert same(learner.state(), kept)
+
+
+def test_tripwire_judges_the_running_mean_and_what_is_not_finite() -> None:
+    tripwire = Tripwire(0.5)
+    assert tripwire.check(0.2, loss=1.0) is None
+    assert tripwire.check(-1.1, loss=1.0) is None
+    trip = tripwire.check(-0.7, loss=1.0)
+    assert trip is not None
+    assert trip.value == pytest.approx(-1.6 / 3)
+    infinite = Tripwire(0.5).check(0.0, loss=1.0, grad_norm=math.inf)
+    assert infinite is not None
+    assert infinite.reason == "grad_norm is not finite"
+
+
+def test_success_only_training_needs_no_pairs() -> None:
+    policy = new_policy()
+    successes = [episode(policy, seed=i, outcome="success") for i in range(3)]
+    part = PreferencePart(steps=40, lr=5e-3, preference_weight=0, batch_size=12, demo_weight=0)
+    report = new_learner(policy, part).update((), successes, [demonstration(5)])
+    assert report.stopped == ""
+    assert report.metrics["success_nll"] < 0.9 * report.history[0]["success_nll"]
+    assert report.metrics["chosen_logratio"] > 0.1
+    assert "preference_loss" not in report.metrics
+    assert "demo_nll" not in report.metrics
+
+
+def test_nothing_to_learn_from_changes_nothing_and_says_so() -> None:
+    policy = new_policy()
+    learner = new_learner(policy, PreferencePart(steps=5))
+    kept = learner.state()
+    report = learner.update((), (), [demonstration(5)])
+    assert report.stopped == "skipped"
+    assert report.steps == 0
+    assert "no pairs and no successes" in report.reason
+    assert same(learner.state(), kept, but="")
+
+
+def test_a_learner_continues_exactly_from_its_state() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 3)
+    part = PreferencePart(steps=3, lr=1e-3)
+    learner = new_learner(policy, part)
+    learner.update(pairs, (), ())
+    saved = learner.state()
+    learner.update(pairs, (), ())
+    again = new_learner(new_policy(), part)
+    again.load_state(saved)
+    again.update(pairs, (), ())
+    assert same(again.state(), learner.state(), but="")
+    assert not same(again.state(), saved)
+
+
+def test_restoring_takes_up_an_earlier_adapter() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 3)
+    batch = policy.batch(observations(2, 9), [d.sample.model_chunk for d in pairs[0].chosen.decisions[:2]])
+    start = policy.score(batch).detach()
+    learner = new_learner(policy, PreferencePart(steps=3, lr=5e-3))
+    learner.update(pairs, (), ())
+    good = learner.adapter()
+    good_scores = policy.score(batch).detach()
+    learner.update(pairs, (), ())
+    assert not torch.equal(policy.score(batch), good_scores)
+    learner.restore(good)
+    assert torch.equal(policy.score(batch), good_scores)
+    assert not any(name.startswith("optimizer") for name in learner.state())
+    learner.restore(None)
+    torch.testing.assert_close(policy.score(batch), start, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="for base other"):
+        learner.restore(replace(good, base_hash="other"))
+
+
+def test_damaged_recorded_log_probs_are_refused() -> None:
+    policy = new_policy()
+    pair = pairs_of(policy, 1)[0]
+    pair.chosen.decisions[2].sample.logps[3] = np.nan
+    with pytest.raises(ValueError, match=pair.chosen.trajectory_id):
+        new_learner(policy, PreferencePart(steps=1)).update([pair], (), ())
+
+
+def test_supervised_training_reproduces_the_demonstrations() -> None:
+    policy = new_policy()
+    demo = demonstration(seed=4)
+    part = SupervisedPart(steps=150, batch_size=6, lr=5e-3, warmup_steps=10, image_shift=0)
+    learner = SupervisedLearner(policy, part, seed=0, demos=[demo])
+    losses: list[float] = []
+    last = learner.fit(on_step=lambda step, metrics: losses.append(metrics["loss"]))
+    assert losses[0] > 1
+    assert last["loss"] < 0.1
+    samples = policy.act([d.observation for d in demo.decisions], seeds=[0] * 6, temperature=0)
+    # Five bins over [-1, 1]: the nearest centre is at most a quarter of the way to the next ones off.
+    for sample, decision in zip(samples, demo.decisions, strict=True):
+        assert np.array_equal(sample.model_chunk, policy.encode(decision.sample.actions))
+    with pytest.raises(RuntimeError, match="all 150 steps"):
+        learner.step()
+
+
+def test_supervised_training_repeats_to_the_bit() -> None:
+    def train(seed: int) -> dict[str, torch.Tensor]:
+        policy = new_policy()
+        part = SupervisedPart(steps=5, batch_size=4, warmup_steps=2)
+        SupervisedLearner(policy, part, seed=seed, demos=[demonstration(1), demonstration(2)]).fit()
+        return policy.module.state_dict()
+
+    first, second, other = train(0), train(0), train(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_supervised_training_without_demonstrations_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one demonstration"):
+        SupervisedLearner(new_policy(), SupervisedPart(), seed=0, demos=[])
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    shares = [schedule(step, warmup=4, total=12) for step in (0, 3, 4, 8, 11)]
+    assert shares == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0380602], abs=1e-6)
+
+
+def test_shifted_images_repeat_their_edges() -> None:
+    images = torch.arange(9, dtype=torch.uint8).reshape(1, 3, 3, 1).expand(40, 3, 3, 3)
+    shifted = shift_images(images, 1, torch.Generator().manual_seed(0))[..., 0]
+    assert shifted.dtype == torch.uint8
+    views = {tuple(view.flatten().tolist()) for view in shifted}
+    assert len(views) == 9
+    assert (0, 1, 2, 3, 4, 5, 6, 7, 8) in views
+    assert (4, 5, 5, 7, 8, 8, 7, 8, 8) in views
