@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from actors.fingerprints import describe_assets
 from configs.describe import describe_recipe
 from configs.loader import RecipeError, load_recipe
-from envs.protocol import compare_episodes
+from envs.protocol import ComparisonError, compare_episodes
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from actors.pipeline import train as run_training
 from actors.placement import PlacementError
 from actors.verbs import collect_demonstrations, evaluate_run
-from envs.assets import AssetError, check_pack, resolve_assets
+from envs.assets import check_pack, resolve_assets
 from learners.checkpoint import CheckpointError
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
@@ -42,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn what a person can mend into one line on stderr and exit code 2; anything else keeps its traceback."""
     try:
         yield
-    except (RecipeError, PlacementError, AssetError, CheckpointError, OSError) as error:
+    except (RecipeError, PlacementError, CheckpointError, ComparisonError, OSError) as error:
         typer.echo(f"pairloom: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -55,12 +52,7 @@ def fields_help() -> str:
 
 @app.callback(invoke_without_command=True, help=__doc__, epilog=fields_help())
 def main(context: typer.Context) -> None:
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, markup=False)],
-        force=True,
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     if context.invoked_subcommand is None:
         train(QUICKSTART, None)
 
@@ -121,11 +113,14 @@ def assets(
     """Say which LIBERO assets are in force, build the stand-ins if need be, and check them."""
     with one_line_errors():
         resolved = resolve_assets(path)
-    typer.echo(describe_assets(resolved))
     problems = check_pack(resolved.path)
+    typer.echo(f"{resolved.kind} assets in {resolved.path} (digest {resolved.digest}): ", nl=False)
+    typer.echo(f"{len(problems)} problems" if problems else "complete for all 40 tasks")
     for problem in problems:
         typer.echo(f"  {problem}")
-    sys.exit(1 if problems else 0)
+    if resolved.kind == "stand-in":
+        typer.echo("results on stand-ins are not comparable with published LIBERO tables")
+    raise typer.Exit(1 if problems else 0)
 
 
 if __name__ == "__main__":

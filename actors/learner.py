@@ -56,11 +56,11 @@ class Learner:
         self._demos = list(demos)
         part = self._supervised
         learner = SupervisedLearner(self._policy, part, seed=self._seed, demos=self._demos)
-        metrics: dict[str, float] = {}
-        for step in range(part.steps):
-            metrics = learner.step()
-            if step % PROGRESS_EVERY == 0 or step + 1 == part.steps:
-                self._monitor.report.remote("supervised", step + 1, part.steps, metrics)
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            if step % PROGRESS_EVERY == 0 or step == part.steps:
+                self._monitor.report.remote("supervised", step, part.steps, metrics)
+
+        metrics = learner.fit(on_step=on_step)
         save_checkpoint(
             folder, "start", state_tensors(self._policy.module), {"steps": part.steps, "seed": self._seed}
         )
@@ -117,6 +117,10 @@ class Store:
 
     def register_version(self, version: int, content_hash: str) -> None:
         self._store.register_version(version, content_hash)
+
+    def retire_version(self, version: int) -> None:
+        """A version was rolled back: its trajectories never pair."""
+        self._store.retire_version(version)
 
     def add(self, trajectory: Trajectory) -> bool:
         """Store durably; False when it was there already."""

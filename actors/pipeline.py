@@ -36,6 +36,7 @@ from actors.stages import (
     demonstrate,
     drive,
     end_update,
+    first_frames,
     follow,
     publish,
     training_cells,
@@ -58,7 +59,6 @@ def train(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
     connect()
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe, root)
-    folder.write_json("fingerprint.json", stack_fingerprint(assets=assets))
     crew = Crew()
     try:
         start = prepare(recipe, folder, crew, assets)

@@ -40,10 +40,9 @@ class PlacementError(RuntimeError):
 def connect() -> None:
     """Join the cluster this process was submitted to, or start a local one.
 
-    Token authentication is on unless RAY_AUTH_MODE says otherwise. The working directory is not set here: under
-    `ray job submit --working-dir .` Ray has set it, and setting it twice fails.
+    The working directory is not set here: under `ray job submit --working-dir .` Ray has set it, and setting it
+    twice fails.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}

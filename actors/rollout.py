@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 from envs.demonstrations import demonstrate
+from envs.fingerprint import first_frame_hash
 from ray.exceptions import RayActorError
 
 from configs.schema import DemonstrationPart, EnvironmentPart
@@ -132,6 +133,14 @@ class Rollouts:
             policy_hash=content_hash,
         )
         return episode_record(trajectory, wall_s=round(time.monotonic() - started, 3)), trajectory
+
+    async def first_frame(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        """Hash of the first images of a cell's task at initial state 0 with seed 0, for the stack fingerprint."""
+        env = await self._pool.take(cell.suite, cell.task_id)
+        frame, _ = env.reset(seed=0, options={"init_state": 0})
+        self._pool.give_back(env)
+        content = first_frame_hash(frame)
+        return {"task": f"{cell.suite}/{cell.task_id}", "hash": content}, content
 
     async def demonstration(
         self, cell: Cell, *, part: DemonstrationPart, chunk: int

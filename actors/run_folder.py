@@ -45,7 +45,7 @@ class RunFolder:
             aside = root / f"{recipe.name}~{max(taken, default=0) + 1}"
             path.rename(aside)
             log.warning("%s exists; the earlier run is now %s", path, aside)
-        path.mkdir(parents=True)
+        (path / "demonstrations").mkdir(parents=True)
         dump_recipe(recipe, path / "recipe.yaml")
         return cls(path)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from actors.canary import canary_cells, judge
 from actors.placement import Crew
@@ -151,6 +152,13 @@ def demonstrate(
     return sorted(kept, key=lambda t: t.cell)
 
 
+def first_frames(crew: Crew, tasks: TaskPart) -> dict[str, str]:
+    """`suite/task` -> hash of its first images: two machines that draw differently show it here."""
+    cells = [Cell(suite=tasks.suite, task_id=task, init_state=0, seed=0) for task in tasks.task_ids]
+    records = crew.fleet.run(cells, lambda actor, cell: actor.first_frame.options(num_returns=2).remote(cell))
+    return {record["task"]: record["hash"] for record, _ in records}
+
+
 def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, total: int, **tags: Any) -> Any:
     """Wait for long work in another actor, showing and recording what it reports."""
     with progress_bar(label, total) as bar:
@@ -168,7 +176,7 @@ def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, tot
 def begin_update(crew: Crew, folder: RunFolder, version: int, round_index: int) -> ray.ObjectRef:
     """Mine pairs as of `version` and start an update on them; returns the ref of (report, adapter)."""
     pairs, successes, counts = crew.store.mine.options(num_returns=3).remote(version)
-    folder.metric("pairs", round=round_index, version=version, **ray.get(counts))
+    folder.metric("pairs", round=round_index, version=version, **ray.get(counts).summary())
     return crew.learner.update.options(num_returns=1).remote(pairs, successes)
 
 
@@ -235,7 +243,7 @@ def trial(
     folder.event({"event": kind, "round": round_index, "version": candidate.version, **verdict.describe()})
     if verdict.promoted:
         return candidate
-    ray.get(crew.learner.restore.remote(good.adapter))
+    ray.get([crew.learner.restore.remote(good.adapter), crew.store.retire_version.remote(candidate.version)])
     return good
 
 
@@ -244,7 +252,10 @@ def _cell(record: dict[str, Any]) -> Cell:
 
 
 def _serving_stats(crew: Crew) -> dict[str, float]:
-    stats = ray.get([policy.pop_stats.remote() for policy in crew.policies])
+    try:
+        stats = ray.get([policy.pop_stats.remote() for policy in crew.policies])
+    except RayActorError:
+        return {}  # a policy actor is restarting: its counts are gone with it
     batches = sum(s["batches"] for s in stats)
     decisions = sum(s["decisions"] for s in stats)
     busy = sum(s["busy_s"] for s in stats)
