@@ -45,7 +45,7 @@ class SoftReset:
     """
 
     def __init__(self, domain: Any) -> None:
-        """Take the pristine values: call right after the domain is built, before anything else changes it."""
+        """Take the pristine values: call before the domain is first stepped (after painting it, if it is)."""
         self._domain = domain
         self._model = domain.sim.model._model
         self._pristine = {name: getattr(self._model, name).copy() for name in _MUTABLE_MODEL_ARRAYS}

@@ -77,13 +77,14 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         from envs.rendering import CameraRenderer
 
         self.domain = build_domain(self.task)
-        self._soft_reset = SoftReset(self.domain)
         self._renderer = CameraRenderer(
             self.sim.model._model,
             self.sim.data._data,
             size=environment.image_size,
             geometry=environment.geometry,
         )
+        self._soft_reset = SoftReset(self.domain)
+        self._control = ControlLoop(self.domain)
         side = environment.image_size
         self.observation_space: gymnasium.Space[Any] = gymnasium.spaces.Dict(
             {
@@ -93,7 +94,6 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             }
         )
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
-        self._control = ControlLoop(self.domain)
         self._eef_pos, self._eef_quat, self._fingers = np.zeros(3), np.zeros(4), np.zeros(2)
         self._steps = 0
         self._done = True

@@ -20,6 +20,7 @@ _COLLISION, _VISUAL, _HIDDEN = 0, 1, 5
 _ROBOT_PREFIXES = ("robot0_", "gripper0_", "mount0_")
 _ROBOT_PALETTE = ((0.92, 0.92, 0.94), (0.72, 0.74, 0.78), (0.55, 0.57, 0.62), (0.25, 0.26, 0.30))
 _OTHER_PALETTE = ((0.75, 0.60, 0.40), (0.45, 0.55, 0.40), (0.40, 0.45, 0.60), (0.60, 0.42, 0.42))
+_CORNERS = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 _CULLING_MARGIN = 1e-3
 """Metres by which a geom must clear the view before it is left out."""
 
@@ -131,32 +132,54 @@ class _View:
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.camera.fixedcamid = index = model.camera(name).id
-        slope = np.tan(np.radians(model.cam_fovy[index]) / 2)
+        self._slope = slope = np.tan(np.radians(model.cam_fovy[index]) / 2)
         # Inward normals of the four sides of the (square) view, camera frame: it looks along -z.
         normals = np.array([[1, 0, -slope], [-1, 0, -slope], [0, 1, -slope], [0, -1, -slope]])
         self._normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
         self._position, self._rotation = data.cam_xpos[index], data.cam_xmat[index]
         self._geom_pos, self._geom_mat = data.geom_xpos, data.geom_xmat
         self._centre, self._half = model.geom_aabb[:, :3].copy(), model.geom_aabb[:, 3:].copy()
-        self._radius = np.linalg.norm(self._half, axis=1, keepdims=True)
         unbounded = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD)
         self._always = np.isin(model.geom_type, unbounded)
 
     def sees(self, mirrors: Sequence[int]) -> np.ndarray:
         """bool [G]: false where the geom's bounding box lies wholly outside one side of the view, and so does its
-        image in each of the geoms `mirrors`."""
-        normals = self._normals @ self._rotation.reshape(3, 3).T
+        image in each of the geoms `mirrors` (which shows only within the mirror)."""
         rotation = self._geom_mat.reshape(-1, 3, 3)
         centre = self._geom_pos + np.einsum("gij,gj->gi", rotation, self._centre) - self._position
-        reach = np.abs(np.einsum("pi,gij->gpj", normals, rotation)) @ self._half[:, :, None]
-        seen = self._always | ((centre @ normals.T + reach[:, :, 0]) > -_CULLING_MARGIN).all(axis=1)
+        half_edges = rotation * self._half[:, None, :]
+        seen = self._always | _within(self._normals @ self._rotation.reshape(3, 3).T, centre, half_edges)
         for mirror in mirrors:
             if seen[mirror]:
-                normal = rotation[mirror, :, 2]
-                surface = self._geom_pos[mirror] + normal * self._half[mirror, 2] - self._position
-                image = centre - 2 * ((centre - surface) @ normal)[:, None] * normal
-                seen = seen | ((image @ normals.T + self._radius) > -_CULLING_MARGIN).all(axis=1)
+                axis = rotation[mirror, :, 2]
+                surface = (centre[mirror] + axis * self._half[mirror, 2]) @ axis
+                reflection = np.eye(3) - 2 * np.outer(axis, axis)
+                sides = self._sides_of(centre[mirror], half_edges[mirror])
+                seen = seen | _within(
+                    sides, centre @ reflection + 2 * surface * axis, reflection @ half_edges
+                )
         return seen
+
+    def _sides_of(self, centre: np.ndarray, half_edges: np.ndarray) -> np.ndarray:
+        """Inward normals, world frame, of the view cut down to a box (its centre from the camera, and half its edge
+        vectors in columns)."""
+        rotation = self._rotation.reshape(3, 3)
+        corners = (centre + _CORNERS @ half_edges.T) @ rotation
+        depth = -corners[:, 2]
+        if depth.min() <= _CULLING_MARGIN:
+            return self._normals @ rotation.T
+        slopes = corners[:, :2] / depth[:, None]
+        low, high = slopes.min(axis=0), slopes.max(axis=0)
+        low, high = np.maximum(low, -self._slope), np.minimum(high, self._slope)
+        normals = np.array([[1, 0, low[0]], [-1, 0, -high[0]], [0, 1, low[1]], [0, -1, -high[1]]])
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+        return normals @ rotation.T
+
+
+def _within(normals: np.ndarray, centre: np.ndarray, half_edges: np.ndarray) -> np.ndarray:
+    """bool [G]: which boxes reach inside every plane through the camera with these inward normals [P, 3]."""
+    reach = np.abs(np.einsum("pi,gij->gpj", normals, half_edges)).sum(axis=2)
+    return (centre @ normals.T + reach > -_CULLING_MARGIN).all(axis=1)
 
 
 def _is_mirror(model: Any) -> np.ndarray:
