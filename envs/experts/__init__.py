@@ -15,7 +15,7 @@ from envs.libero import LiberoEnv
 
 EXPERT_TASKS: dict[str, tuple[int, ...]] = {
     "libero_object": tuple(range(10)),
-    "libero_spatial": (0, 1, 2, 3, 5, 7, 8),
+    "libero_spatial": (0, 1, 2, 3, 5, 6, 7, 8, 9),
 }
 """Tasks that have an expert, by suite."""
 

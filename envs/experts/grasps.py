@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.experts.scene import GRIPPER_SPAN, Obstacles, Scene
+from envs.experts.scene import GRIPPER_SPAN, Obstacles, Scene, gaps
 
 PALM_DEPTH = 0.025
 """How far above the grip site an object may reach before it meets the palm (3 cm, less a margin)."""
@@ -98,25 +98,12 @@ def _best(rows: np.ndarray, height: float, obstacles: Obstacles) -> Grasp:
 
 
 def _penetration(poses: np.ndarray, height: float, obstacles: Obstacles) -> np.ndarray:
-    """How deep [N] the hand at `poses` [N, 3] (x, y, yaw) would reach into the obstacles and their margins.
-
-    Separating axes in the horizontal plane: two rectangles are apart if they are along a side of either.
-    """
+    """How deep [N] the hand at `poses` [N, 3] (x, y, yaw) would reach into the obstacles and their margins."""
     line = np.stack([-np.sin(poses[:, 2]), np.cos(poses[:, 2])], axis=1)[:, None, None]
     across = np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=1)[:, None, None]
     parts = _PARTS[None, :, None]
     center = poses[:, None, None, :2] + line * parts[..., 0:1] + across * parts[..., 1:2]
-    offset = obstacles.center - center
-    other_line, other_across = obstacles.line, np.stack([-obstacles.line[:, 1], obstacles.line[:, 0]], axis=1)
-    gaps = []
-    for axis in (line, across, other_line, other_across):
-        mine = np.abs((line * axis).sum(-1)) * parts[..., 2] + np.abs((across * axis).sum(-1)) * parts[..., 3]
-        theirs = (
-            np.abs((other_line * axis).sum(-1)) * obstacles.half[:, 0]
-            + np.abs((other_across * axis).sum(-1)) * obstacles.half[:, 1]
-        )
-        gaps.append(np.abs((offset * axis).sum(-1)) - mine - theirs)
-    gap = np.max(np.broadcast_arrays(*gaps), axis=0)
+    gap = gaps((center, line, parts[..., 2:4]), (obstacles.center, obstacles.line, obstacles.half))
     tall = obstacles.top > height + parts[..., 4]
     return np.where(tall, np.maximum(0.0, _MARGIN - gap), 0.0).sum(axis=(1, 2))
 

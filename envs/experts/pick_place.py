@@ -33,6 +33,8 @@ class Place:
     """Height of the object's underside at which the fingers open, metres."""
     clear: float
     """Height of the object's underside on the way there, metres; >= release."""
+    support: str
+    """What it then lies on or in."""
     tolerance: float
     """Horizontal distance from `position` within which to let go, metres."""
 
@@ -57,13 +59,13 @@ class PickPlace:
         scene = self._scene
         gripper, block, place = scene.gripper(), scene.block(self._item), self._place(scene, self._item)
         if scene.held(self._item):
-            return _carry(gripper, block, place)
+            return _carry(scene, self._item, gripper, block, place)
         if math.dist(block.origin[:2], place.position) < place.tolerance + 0.005:
             return move(gripper, np.zeros(3), rotation=palm_down(nearest_yaw(gripper, 0.0)), grip=OPEN)
-        return _reach(gripper, self._grasp(scene, self._item))
+        return _reach(scene, self._item, gripper, self._grasp(scene, self._item))
 
 
-def _reach(gripper: Gripper, grasp: Grasp) -> np.ndarray:
+def _reach(scene: Scene, item: str, gripper: Gripper, grasp: Grasp) -> np.ndarray:
     """Towards the grasp: over it first, then down, then close."""
     yaw = nearest_yaw(gripper, grasp.yaw)
     offset = grasp.position - gripper.position
@@ -72,17 +74,25 @@ def _reach(gripper: Gripper, grasp: Grasp) -> np.ndarray:
     if misaligned < 0.012 and abs(offset[2]) < 0.012 and not missed:
         return move(gripper, offset, rotation=palm_down(yaw), grip=CLOSE)
     open_enough = gripper.opening > min(grasp.width + 0.015, 0.95 * GRIPPER_SPAN)
-    offset[2] += min(HOVER, 4.0 * max(0.0, misaligned - 0.006)) if open_enough else HOVER
+    ceiling = scene.ceiling(gripper.position[:2], grasp.position[:2], ignoring=item, width=0.07)
+    hover = max(HOVER, ceiling + 0.025 - grasp.position[2])
+    offset[2] += min(hover, 4.0 * max(0.0, misaligned - 0.006)) if open_enough else HOVER
     return move(gripper, _up_first(offset), rotation=palm_down(yaw), grip=OPEN)
 
 
-def _carry(gripper: Gripper, block: Block, place: Place) -> np.ndarray:
+def _carry(scene: Scene, item: str, gripper: Gripper, block: Block, place: Place) -> np.ndarray:
     """With the object between the fingers: up, across, down, and let go."""
     offset = np.array([*(place.position - block.origin[:2]), 0.0])
     distance = math.hypot(*offset[:2])
-    height = min(place.clear, place.release + 2.0 * max(0.0, distance - 0.5 * place.tolerance))
+    ceiling = scene.ceiling(
+        block.center[:2], place.position, ignoring=item, width=float(block.reach[:2].max())
+    )
+    height = min(
+        max(place.clear, ceiling + 0.02), place.release + 2.0 * max(0.0, distance - 0.5 * place.tolerance)
+    )
     offset[2] = height - block.bottom
-    arrived = distance < place.tolerance and block.bottom < place.release + 0.008
+    down = block.bottom < place.release + 0.008 or scene.touching(item, place.support)
+    arrived = distance < place.tolerance and down
     rotation = palm_down(nearest_yaw(gripper, 0.0))
     return move(gripper, _up_first(offset), rotation=rotation, grip=OPEN if arrived else CLOSE)
 

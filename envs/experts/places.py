@@ -11,10 +11,18 @@ def in_basket(scene: Scene, item: str, *, basket: str) -> Place:
     rim = scene.block(basket).top
     middle, _ = scene.site(f"{basket}_contain_region")
     hanging = scene.gripper().position[2] - TIP - scene.block(item).bottom
-    return Place(position=middle[:2], release=rim + 0.005 - hanging, clear=rim + 0.02, tolerance=0.03)
+    return Place(
+        position=middle[:2], release=rim + 0.005 - hanging, clear=rim + 0.02, support=basket, tolerance=0.03
+    )
 
 
 def on_object(scene: Scene, item: str, *, support: str) -> Place:
     """Set down in the middle of a plate or bowl, until it touches."""
     block = scene.block(support)
-    return Place(position=block.origin[:2], release=block.top - 0.01, clear=block.top + 0.04, tolerance=0.015)
+    return Place(
+        position=block.origin[:2],
+        release=block.top - 0.01,
+        clear=block.top + 0.04,
+        support=support,
+        tolerance=0.015,
+    )

@@ -10,6 +10,9 @@ import numpy as np
 GRIPPER_SPAN = 0.0775
 """Distance between the pads of the fully opened gripper, metres (measured after settling)."""
 
+Rectangle = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Middle, unit vector along the first side, and half lengths along and across it; each [..., 2], metres."""
+
 
 class Simulated(Protocol):
     """An environment whose simulator may be read: robosuite's `sim` and LIBERO's problem instance `domain`."""
@@ -154,6 +157,25 @@ class Scene:
             opening=left - right,
         )
 
+    def ceiling(self, start: np.ndarray, end: np.ndarray, *, ignoring: str, width: float) -> float:
+        """Height of the tallest thing but `ignoring` on the straight way from `start` to `end`, each [2].
+
+        The way is a rectangle, `width` to either side of the line and past its ends; -inf if nothing is on it.
+        """
+        way = end - start
+        length = float(np.hypot(*way))
+        line = way / length if length > 1e-6 else np.array([1.0, 0.0])
+        things = self.obstacles(ignoring=ignoring)
+        gap = gaps(
+            ((start + end) / 2, line, np.array([length / 2 + width, width])),
+            (things.center, things.line, things.half),
+        )
+        return float(np.max(things.top, where=gap < 0, initial=-np.inf))
+
+    def touching(self, name: str, other: str) -> bool:
+        """Whether the two objects or fixtures are in contact."""
+        return bool(self._touching(self._geoms[name]) & self._geoms[other])
+
     def held(self, name: str) -> bool:
         """Whether both fingers touch object `name`."""
         touched = self._touching(self._geoms[name])
@@ -196,3 +218,22 @@ def _upright(center: np.ndarray, axes: np.ndarray, half: np.ndarray) -> Obstacle
         half=np.stack([(side * half).sum(axis=1) for side in extent], axis=1),
         top=center[:, 2] + (np.abs(axes[:, 2]) * half).sum(axis=1),
     )
+
+
+def gaps(one: Rectangle, other: Rectangle) -> np.ndarray:
+    """Distance between rectangles in the plane along the best separating axis, broadcast; negative: they overlap.
+
+    Two rectangles are apart if they are so along a side of either.
+    """
+    found = []
+    for _, line, _ in (one, other):
+        for axis in (line, np.stack([-line[..., 1], line[..., 0]], axis=-1)):
+            apart = np.abs(((one[0] - other[0]) * axis).sum(-1))
+            found.append(apart - _half_along(one, axis) - _half_along(other, axis))
+    return np.max(np.broadcast_arrays(*found), axis=0)
+
+
+def _half_along(rectangle: Rectangle, axis: np.ndarray) -> np.ndarray:
+    _, line, half = rectangle
+    across = np.stack([-line[..., 1], line[..., 0]], axis=-1)
+    return np.abs((line * axis).sum(-1)) * half[..., 0] + np.abs((across * axis).sum(-1)) * half[..., 1]

@@ -15,9 +15,11 @@ from envs.experts.scene import Gripper
 
 METRES_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
-POSITION_GAIN = 1.0
-"""Goal displacement per metre of error: with the controller's own stiffness and damping, critically damped."""
-ROTATION_GAIN = 1.0
+POSITION_GAIN = 1.5
+"""Goal displacement per metre of error."""
+TURN_GAIN = np.array([0.3, 0.3, 1.0])
+"""Goal rotation per radian of error about the world's x, y and z axes. Righting a tilted hand is done gently: with its
+arm stretched out, the controller's position and tilt pull against each other, and the fingers would miss."""
 OPEN, CLOSE = -1.0, 1.0
 
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
@@ -54,8 +56,6 @@ def move(
     """
     step = np.asarray(displacement) * (POSITION_GAIN / METRES_PER_UNIT)
     step *= min(1.0, limit / max(float(np.abs(step).max()), 1e-9))
-    turn = Rotation.from_matrix(rotation @ gripper.rotation.T).as_rotvec() * (
-        ROTATION_GAIN / RADIANS_PER_UNIT
-    )
+    turn = Rotation.from_matrix(rotation @ gripper.rotation.T).as_rotvec() * (TURN_GAIN / RADIANS_PER_UNIT)
     turn *= min(1.0, 1.0 / max(float(np.abs(turn).max()), 1e-9))
     return np.concatenate([step, turn, [grip]]).astype(np.float32)
