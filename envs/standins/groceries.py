@@ -61,7 +61,7 @@ def _tin(label: Colour, band: Colour) -> Shapes:
     """A food tin: silver rims, a label and a band of a second colour around its middle."""
     centre = (0.0, 3.2)
     return (
-        *prism(30.3, (-38.2, 37.0), label, centre, boxes=5, drawn=False),
+        *prism(30.3, (-38.2, 37.0), label, centre, drawn=False),
         disc(30.8, (-32.0, 31.0), label, centre),
         disc(30.2, (-38.2, 37.0), SILVER, centre),
         disc(31.1, (-9.0, 8.0), band, centre),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from envs.standins.models import CONTACT, numbers
 from envs.standins.shapes import Colour, Shape, block
 
-TABLE_WOOD: Colour = (0.62, 0.45, 0.30)
-COFFEE_TABLE: Colour = (0.50, 0.36, 0.25)
-DESK: Colour = (0.78, 0.70, 0.58)
+TABLE_WOOD: Colour = (0.80, 0.71, 0.61)
+COFFEE_TABLE: Colour = (0.33, 0.21, 0.16)
+DESK: Colour = (0.57, 0.43, 0.27)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +80,14 @@ def _coffee_table() -> tuple[Shape, ...]:
         block((-667.0, 167.0), (-821.0, -619.0), top, COFFEE_TABLE),
         block((-824.0, -669.0), (-619.0, 724.0), top, COFFEE_TABLE),
         block((184.0, 339.0), (-619.0, 724.0), top, COFFEE_TABLE),
-        block((-662.0, 162.0), (-185.0, 685.0), (0.0, 413.0), TABLE_WOOD),
+        block((-662.0, 162.0), (-185.0, 685.0), (0.0, 413.0), COFFEE_TABLE),
     )
 
 
 def _desk() -> tuple[Shape, ...]:
     """Top at z 885 mm, 1379 by 2786 mm, on four legs."""
     legs = tuple(
-        block((x - 20.0, x + 20.0), (y - 50.0, y + 50.0), (0.0, 813.5), TABLE_WOOD)
+        block((x - 20.0, x + 20.0), (y - 50.0, y + 50.0), (0.0, 813.5), DESK)
         for x in (-500.0, 496.0)
         for y in (-691.0, 712.0)
     )
@@ -170,6 +170,8 @@ def _add_textures(asset: ET.Element, scene: Scene) -> None:
             specular="0.1",
             shininess="0.1",
         )
+    # Without a material a geom is glossy, and the lights burn white spots into the table.
+    ET.SubElement(asset, "material", name="matte", specular="0.1", shininess="0.1", reflectance="0")
 
 
 def _add_floor(world: ET.Element, scene: Scene) -> None:
@@ -213,7 +215,7 @@ def _add_walls(world: ET.Element) -> None:
 def _add_sized_table(world: ET.Element) -> None:
     """LIBERO's table classes set these geoms' sizes and places."""
     body = ET.SubElement(world, "body", name="table", pos="0 0 0.4")
-    wood = {"pos": "0 0 0", "rgba": numbers((*TABLE_WOOD, 1.0))}
+    wood = {"pos": "0 0 0", "material": "matte", "rgba": numbers((*TABLE_WOOD, 1.0))}
     solid = {"name": "table_collision", "type": "box", "size": "0.4 0.4 0.4", "group": "0"}
     ET.SubElement(body, "geom", solid | wood)
     drawn = wood | {"group": "1", "contype": "0", "conaffinity": "0"}
@@ -254,5 +256,6 @@ def _add_geom(parent: ET.Element, shape: Shape, group: str, more: dict[str, str]
         "quat": numbers(shape.turn),
         "group": group,
         "rgba": numbers((*shape.colour, 1.0)),
+        "material": "matte",
     }
     ET.SubElement(parent, "geom", attributes | more)
