@@ -190,42 +190,29 @@ def _is_mirror(model: Any) -> np.ndarray:
 
 
 def paint_collision_geometry(model: Any) -> np.ndarray:
-    """Give every collision geom the main colour of its body's visual geometry; returns bool [G], what to draw.
+    """Give every collision geom the look of its body's first visual geom, each texture flattened to its mean colour
+    (a picture has no place on another shape, but lighting treats textures apart); returns bool [G], what to draw.
 
-    The arm and bodies without visual geometry take a fixed palette. Unbounded planes (floors) are drawn too.
+    The arm and bodies without visual geometry take a fixed palette. Unbounded planes (floors) are drawn too. Call
+    before the model is uploaded to a GL context.
     """
     planes = (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_group == _VISUAL)
     drawn = (model.geom_group == _COLLISION) | planes
-    colours = {geom: _body_colour(model, model.geom_bodyid[geom]) for geom in np.flatnonzero(drawn & ~planes)}
-    colours |= {geom: _geom_colour(model, geom) for geom in np.flatnonzero(planes)}
-    for geom, colour in colours.items():
-        model.geom_rgba[geom] = (*colour, 1.0)
-        model.geom_matid[geom] = -1
-    return drawn
-
-
-def _body_colour(model: Any, body: int) -> tuple[float, float, float]:
-    if model.body(body).name.startswith(_ROBOT_PREFIXES):
-        return _ROBOT_PALETTE[body % len(_ROBOT_PALETTE)]
-    visual = np.flatnonzero((model.geom_bodyid == body) & (model.geom_group == _VISUAL))
-    if len(visual) == 0:
-        return _OTHER_PALETTE[body % len(_OTHER_PALETTE)]
-    return _geom_colour(model, visual[0])
-
-
-def _geom_colour(model: Any, geom: int) -> tuple[float, float, float]:
-    """A geom's own colour, or its material's times the mean of its texture."""
-    material = model.geom_matid[geom]
-    if material < 0:
-        red, green, blue = model.geom_rgba[geom, :3]
-        return float(red), float(green), float(blue)
-    colour = model.mat_rgba[material, :3].astype(np.float64)
-    textures = model.mat_texid[material]
-    for texture in textures[textures >= 0][:1]:
+    for texture in np.unique(model.mat_texid[model.mat_texid >= 0]):
         channels = model.tex_nchannel[texture]
-        count = model.tex_width[texture] * model.tex_height[texture]
+        size = model.tex_width[texture] * model.tex_height[texture] * channels
         start = model.tex_adr[texture]
-        pixels = model.tex_data[start : start + count * channels].reshape(count, channels)
-        colour = colour * pixels[:, :3].mean(axis=0) / 255
-    red, green, blue = np.clip(colour, 0, 1)
-    return float(red), float(green), float(blue)
+        pixels = model.tex_data[start : start + size].reshape(-1, channels)
+        pixels[:] = pixels.mean(axis=0)
+    for geom in np.flatnonzero(drawn & ~planes):
+        body = model.geom_bodyid[geom]
+        robot = model.body(body).name.startswith(_ROBOT_PREFIXES)
+        visual = np.flatnonzero((model.geom_bodyid == body) & (model.geom_group == _VISUAL))
+        if robot or len(visual) == 0:
+            palette = _ROBOT_PALETTE if robot else _OTHER_PALETTE
+            model.geom_rgba[geom] = (*palette[body % len(palette)], 1.0)
+            model.geom_matid[geom] = -1
+        else:
+            model.geom_rgba[geom] = model.geom_rgba[visual[0]]
+            model.geom_matid[geom] = model.geom_matid[visual[0]]
+    return drawn
