@@ -85,8 +85,8 @@ def merged_forward(module: torch.nn.Module) -> Iterator[None]:
 
     On leaving without an error, the gradients that backward passes left on the merged weights are carried on to
     the adapter's factors. The same function and gradients as peft's own forward, whose cost per layer and pass is
-    three products and, for DoRA, a norm of the whole weight. Adapter dropout would be left out: do not use it
-    with dropout on.
+    three products and, for DoRA, a norm of the whole weight. Adapter dropout is left out, and `disabled` inside
+    would not bring back the base.
     """
     layers = [layer for _, layer in adapted_layers(module)]
     merged = [_merged_weight(layer) for layer in layers]
