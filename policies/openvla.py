@@ -115,6 +115,8 @@ def llama(part: DecoderPart, *, vocab_size: int, bos_id: int, pad_id: int) -> Ll
             num_hidden_layers=part.layers,
             num_attention_heads=part.heads,
             rms_norm_eps=1e-6,
+            # Llama's own 0.02 is 1 / sqrt(width) at its width of thousands; at a hundred it starves every layer.
+            initializer_range=part.width**-0.5,
             bos_token_id=bos_id,
             pad_token_id=pad_id,
             tie_word_embeddings=False,
