@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 HELD_VERSIONS = 2
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
     observation: Observation
     seed: int
@@ -65,6 +66,7 @@ class PolicyServer:
         """Answer one observation; returns the sample and the content hash of the weights that made it."""
         if self._batcher is None:
             self._batcher = asyncio.get_running_loop().create_task(self._serve())
+            self._batcher.add_done_callback(_end_process)
         answer: asyncio.Future[tuple[ActionSample, str]] = asyncio.get_running_loop().create_future()
         await self._queue.put(_Request(observation, seed, version, temperature, answer))
         return await answer
@@ -147,6 +149,12 @@ class PolicyServer:
             )
         self._held[version] = (policy, content_hash)
         return policy, content_hash
+
+
+def _end_process(batcher: asyncio.Task[None]) -> None:
+    """Without its batcher an actor would leave every request waiting: end it, so that Ray starts another."""
+    log.critical("the batcher ended: %r", batcher.exception() if not batcher.cancelled() else "cancelled")
+    os._exit(1)
 
 
 def _device() -> torch.device:
