@@ -49,10 +49,11 @@ TASKS = ("put the bowl on the plate", "open the middle drawer of the cabinet")
 
 
 def new_policy() -> Policy:
-    """As opinionated as a trained one: with a fresh head every token is nearly uniform, whatever the decoder says."""
+    """As opinionated as a trained one, however fresh weights are drawn."""
     policy = make_policy(PART, image_size=SIZE, seed=0, device=torch.device("cpu"))
     with torch.no_grad():
-        policy.module.get_parameter("language_model.lm_head.weight").mul_(10)
+        head = policy.module.get_parameter("language_model.lm_head.weight")
+        head.normal_(std=0.4, generator=torch.Generator().manual_seed(0))
     return policy
 
 
@@ -168,28 +169,40 @@ def test_recorded_and_recomputed_references_agree_on_the_start_policy_s_own_epis
         assert recorded == pytest.approx(recomputed, abs=1e-3)
 
 
-@pytest.mark.parametrize(("method", "loss", "margin"), [("dora", "sigmoid", 1.0), ("lora", "ipo", 0.4)])
-def test_learning_tells_chosen_from_rejected(method: str, loss: str, margin: float) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_learning_tells_chosen_from_rejected(method: str) -> None:
     policy = new_policy()
     pairs = pairs_of(policy, 4)
     successes = [pair.chosen for pair in pairs]
     demos = [demonstration(seed=50)]
-    part = PreferencePart(steps=60, lr=5e-3, beta=0.1, loss=loss, success_weight=1, demo_weight=1)
+    part = PreferencePart(steps=40, lr=5e-3, beta=0.1, success_weight=1, demo_weight=1)
     learner = new_learner(policy, part, AdapterPart(method=method, rank=4, alpha=8))
     steps: list[int] = []
     report = learner.update(pairs, successes, demos, on_step=lambda step, metrics: steps.append(step))
     first, last = report.history[0], report.metrics
     assert report.stopped == ""
-    assert report.steps == 60
-    assert steps == list(range(1, 61))
+    assert report.steps == 40
+    assert steps == list(range(1, 41))
     assert last["preference_loss"] < 0.3 * first["preference_loss"]
     assert last["accuracy"] == 1
-    assert last["margin"] > margin
+    assert last["margin"] > 1
     assert last["chosen_logratio"] > 0.01
     assert last["rejected_logratio"] < -0.01
     assert last["success_nll"] < first["success_nll"]
     assert last["demo_nll"] < first["demo_nll"]
     assert report.summary()["margin"] == last["margin"]
+
+
+def test_ipo_settles_at_its_target_margin() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 3)
+    part = PreferencePart(
+        steps=60, lr=1e-3, beta=0.1, loss="ipo", anchor_weight=0, decisions_per_trajectory=20
+    )
+    report = new_learner(policy, part).update(pairs, (), ())
+    # h -> 1 / (2 beta), and the margin is beta h.
+    assert report.history[0]["preference_loss"] == pytest.approx(25, abs=0.1)
+    assert report.metrics["margin"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> None:
@@ -271,17 +284,19 @@ def test_the_reference_gets_no_gradient() -> None:
     assert all(p.grad is None for name, p in policy.module.named_parameters() if "lora_" not in name)
 
 
-def test_the_floor_bounds_how_far_rejected_chunks_are_pushed() -> None:
+def test_the_floor_keeps_rejected_chunks_from_dragging_the_chosen_down() -> None:
+    """Without it this problem shows likelihood displacement: a growing margin, and the chosen log-prob falling."""
     final = {}
     for floor in (0.05, 50.0):
         policy = new_policy()
         pairs = pairs_of(policy, 2)
-        part = PreferencePart(steps=80, lr=5e-3, beta=0.1, rejected_floor=floor, anchor_weight=0)
-        report = new_learner(policy, part, drop=50).update(pairs, (), ())
-        final[floor] = report.metrics
-    assert final[0.05]["held"] > 0.9
+        part = PreferencePart(steps=60, lr=2e-3, beta=0.1, rejected_floor=floor, anchor_weight=0)
+        final[floor] = new_learner(policy, part, drop=50).update(pairs, (), ()).metrics
+    assert final[50.0]["margin"] > final[0.05]["margin"] > 1
     assert final[50.0]["held"] == 0
-    assert final[50.0]["rejected_logratio"] < 2 * final[0.05]["rejected_logratio"] < 0
+    assert final[50.0]["chosen_logratio"] < -0.05
+    assert final[0.05]["held"] > 0.9
+    assert final[0.05]["chosen_logratio"] > 0.05
 
 
 @pytest.mark.parametrize(("lr", "beta", "reason"), [(0.1, 20.0, "fell"), (1e30, 0.1, "not finite")])
