@@ -61,23 +61,29 @@ class PickPlace:
         if scene.held(self._item):
             return _carry(scene, self._item, gripper, block, place)
         if math.dist(block.origin[:2], place.position) < place.tolerance + 0.005:
-            return move(gripper, np.zeros(3), rotation=palm_down(nearest_yaw(gripper, 0.0)), grip=OPEN)
+            return move(
+                gripper,
+                np.zeros(3),
+                rotation=palm_down(gripper, nearest_yaw(gripper, 0.0), gripper.position),
+                grip=OPEN,
+            )
         return _reach(scene, self._item, gripper, self._grasp(scene, self._item))
 
 
 def _reach(scene: Scene, item: str, gripper: Gripper, grasp: Grasp) -> np.ndarray:
     """Towards the grasp: over it first, then down, then close."""
     yaw = nearest_yaw(gripper, grasp.yaw)
+    rotation = palm_down(gripper, yaw, grasp.position)
     offset = grasp.position - gripper.position
     misaligned = math.hypot(*offset[:2]) + 0.05 * abs(turn_left(gripper, yaw))
     missed = gripper.opening < 0.7 * grasp.width
     if misaligned < 0.012 and abs(offset[2]) < 0.012 and not missed:
-        return move(gripper, offset, rotation=palm_down(yaw), grip=CLOSE)
+        return move(gripper, offset, rotation=rotation, grip=CLOSE)
     open_enough = gripper.opening > min(grasp.width + 0.015, 0.95 * GRIPPER_SPAN)
     ceiling = scene.ceiling(gripper.position[:2], grasp.position[:2], ignoring=item, width=0.07)
     hover = max(HOVER, ceiling + 0.025 - grasp.position[2])
     offset[2] += min(hover, 4.0 * max(0.0, misaligned - 0.006)) if open_enough else HOVER
-    return move(gripper, _up_first(offset), rotation=palm_down(yaw), grip=OPEN)
+    return move(gripper, _up_first(offset), rotation=rotation, grip=OPEN)
 
 
 def _carry(scene: Scene, item: str, gripper: Gripper, block: Block, place: Place) -> np.ndarray:
@@ -90,14 +96,15 @@ def _carry(scene: Scene, item: str, gripper: Gripper, block: Block, place: Place
     height = min(
         max(place.clear, ceiling + 0.02), place.release + 2.0 * max(0.0, distance - 0.5 * place.tolerance)
     )
+    goal = np.array([*offset[:2], place.release - block.bottom])
     offset[2] = height - block.bottom
     down = block.bottom < place.release + 0.008 or scene.touching(item, place.support)
     arrived = distance < place.tolerance and down
-    rotation = palm_down(nearest_yaw(gripper, 0.0))
+    rotation = palm_down(gripper, nearest_yaw(gripper, 0.0), gripper.position + goal)
     return move(gripper, _up_first(offset), rotation=rotation, grip=OPEN if arrived else CLOSE)
 
 
 def _up_first(offset: np.ndarray) -> np.ndarray:
-    """`offset` [3] without its sideways part while the height to gain is over 7 cm, blended in from there on."""
-    sideways = np.clip(1.5 - offset[2] / 0.05, 0.0, 1.0)
+    """`offset` [3] without its sideways part while the height to gain is over 4 cm, blended in from there on."""
+    sideways = np.clip((0.04 - offset[2]) / 0.03, 0.0, 1.0)
     return offset * np.array([sideways, sideways, 1.0])

@@ -59,6 +59,8 @@ class Gripper:
     """float64 [3], the grip site between the finger pads; the fingertips end 1 cm below it."""
     rotation: np.ndarray
     """float64 [3, 3]; column 2 points out of the palm, column 0 along the line the fingers move on."""
+    shoulder: np.ndarray
+    """float64 [3], where the arm's second joint is."""
     opening: float
     """Distance between the finger pads, 0 to 0.08."""
 
@@ -86,6 +88,7 @@ class Scene:
         model = self._sim.model
         gripper = self._domain.robots[0].gripper
         prefix = gripper.naming_prefix
+        self._shoulder = model.body_name2id(f"{self._domain.robots[0].robot_model.naming_prefix}link1")
         self._grip_site = model.site_name2id(f"{prefix}grip_site")
         self._fingers = [
             {model.geom_name2id(name) for name in gripper.important_geoms[side]}
@@ -154,6 +157,7 @@ class Scene:
         return Gripper(
             position=np.array(data.site_xpos[self._grip_site]),
             rotation=np.array(data.site_xmat[self._grip_site]).reshape(3, 3),
+            shoulder=np.array(data.body_xpos[self._shoulder]),
             opening=left - right,
         )
 

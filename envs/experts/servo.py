@@ -17,18 +17,37 @@ METRES_PER_UNIT = 0.05
 RADIANS_PER_UNIT = 0.5
 POSITION_GAIN = 1.5
 """Goal displacement per metre of error."""
-TURN_GAIN = np.array([0.3, 0.3, 1.0])
-"""Goal rotation per radian of error about the world's x, y and z axes. Righting a tilted hand is done gently: with its
-arm stretched out, the controller's position and tilt pull against each other, and the fingers would miss."""
+TURN_GAIN = np.array([0.6, 0.6, 1.0])
+"""Goal rotation per radian of error about the world's x, y and z axes. Tilt is righted gently: the controller drives
+position and orientation as if they were independent, and with the arm stretched out they disturb each other."""
+WRIST_HEIGHT, WRIST_SETBACK = 0.204, 0.088
+"""From the grip site of an upright hand up, and back, to the Panda's sixth joint, metres."""
+COMFORTABLE_REACH = 0.63
+"""From the second joint to the sixth, metres; at 0.70 the elbow is straight and the arm stops short."""
+MAX_LEAN = 0.6
 OPEN, CLOSE = -1.0, 1.0
 
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """Palm down with the fingers moving along the world's y axis: the pose every LIBERO episode starts near."""
 
 
-def palm_down(yaw: float) -> np.ndarray:
-    """Rotation [3, 3] of a palm facing down, turned by `yaw` radians about the world's vertical from `DOWN`."""
-    return Rotation.from_rotvec([0.0, 0.0, yaw]).as_matrix() @ DOWN
+def palm_down(gripper: Gripper, yaw: float, at: np.ndarray) -> np.ndarray:
+    """Rotation [3, 3] of a palm facing down, turned by `yaw` radians about the world's vertical from `DOWN`.
+
+    Where the grip site is to go, `at` [3], may be so far out that an upright hand would need a longer arm: there the
+    palm leans outwards.
+    """
+    outward = at[:2] - gripper.shoulder[:2]
+    distance = float(np.hypot(*outward))
+    height = at[2] + WRIST_HEIGHT - gripper.shoulder[2]
+    comfortable = WRIST_SETBACK + math.sqrt(max(0.0, COMFORTABLE_REACH**2 - height**2))
+    lean = min(MAX_LEAN, max(0.0, distance - comfortable) / WRIST_HEIGHT)
+    axis = np.array([outward[1], -outward[0], 0.0]) / max(distance, 1e-6)
+    return (
+        Rotation.from_rotvec(lean * axis).as_matrix()
+        @ Rotation.from_rotvec([0.0, 0.0, yaw]).as_matrix()
+        @ DOWN
+    )
 
 
 def nearest_yaw(gripper: Gripper, yaw: float) -> float:
