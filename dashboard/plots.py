@@ -48,7 +48,7 @@ def draw(path: Path, width: float, height: float, fill: Callable[[Figure], None]
 
 def plot_success(run: Run, path: Path) -> Path:
     """Left: held-out success of each task under each evaluated version. Right: all tasks, by version."""
-    width = 4.5 + min(len(run.tasks()) + 1, 12) * 0.75
+    width = 4.5 + min(max(len(run.tasks()) + 1, 4), 12) * 0.75
 
     def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=[width - 4.2, 3.6], sharey=True)
@@ -102,7 +102,8 @@ def _success_by_version(axes: Axes, run: Run) -> None:
         if rates:
             _error_bars(axes, rates, colour=colour, marker=marker, label=label, line=True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.margins(x=0.15)
+    versions = {e.policy_version for e in run.episodes if e.policy_version >= 0} or {0}
+    axes.set_xlim(min(versions) - 0.6, max(versions) + 0.6)
     axes.set(xlabel="policy version", title="All tasks, by version")
     if axes.lines:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2, columnspacing=1.0)
@@ -169,6 +170,8 @@ def plot_pairs(run: Run, path: Path) -> Path:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
             axes.margins(y=0.12)
+            axes.set_ylim(0, max(axes.get_ylim()[1], 1))
+            axes.set_xlim(-0.8, max([*rounds, 0]) + 0.8)
             if not lines:
                 _nothing(axes, "no rounds yet")
 

@@ -64,7 +64,7 @@ def _result(run: Run) -> list[str]:
     result = run.result
     before, after, p = result["success_before"], result["success_after"], result["mcnemar_p"]
     lines += [
-        f"**Held-out success {percent(before)} -> {percent(after)}** ({_verdict(before, after, p)})",
+        f"**Held-out success {percent(before)} -> {percent(after)}** ({_verdict(run, before, after, p)})",
         "",
         f"{where}; {result['held_out_episodes']} held-out episodes, the same cells before and after.",
         f"95 % Wilson intervals: {interval(result['wilson_before'])} before, "
@@ -76,7 +76,9 @@ def _result(run: Run) -> list[str]:
     return lines
 
 
-def _verdict(before: float, after: float, p: float) -> str:
+def _verdict(run: Run, before: float, after: float, p: float) -> str:
+    if not run.occurrences("promoted"):
+        return "no new version was promoted, so the start is still in force"
     if p >= 0.05:
         return "no significant difference on this many episodes"
     return "a significant improvement" if after > before else "significantly worse"
@@ -154,23 +156,20 @@ def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]
     if not versions:
         return [*lines, "No held-out episodes."]
     heads = [f"version {version}" for version in versions]
-    lines += [table_row("task", *heads, "gained", "lost"), table_row(*["---"] * (len(versions) + 3))]
+    compared = ["gained", "lost"] if len(versions) > 1 else []
+    lines += [table_row("task", *heads, *compared), table_row(*["---"] * (1 + len(heads) + len(compared)))]
     groups = [
         (_task_name(task, instructions), [e for e in episodes if e.task == task]) for task in run.tasks()
     ]
     for name, group in [*groups, ("**all**", episodes)]:
         by_version = [[e for e in group if e.policy_version == version] for version in versions]
         change = flips(by_version[0], by_version[-1])
-        lines.append(
-            table_row(
-                name, *[_rate(rate_of(part)) for part in by_version], str(change.gained), str(change.lost)
-            )
-        )
-    lines += [
-        "",
-        "Successes / episodes, rate and 95 % Wilson interval; a fault counts as a failure. Gained and lost: held-out "
-        f"cells that changed from version {versions[0]} to version {versions[-1]}.",
-    ]
+        cells = [_rate(rate_of(part)) for part in by_version]
+        lines.append(table_row(name, *cells, *[str(change.gained), str(change.lost)][: len(compared)]))
+    lines += ["", "Successes / episodes, rate and 95 % Wilson interval; a fault counts as a failure."]
+    if compared:
+        between = f"version {versions[0]} to version {versions[-1]}"
+        lines.append(f"Gained and lost: held-out cells whose outcome changed from {between}.")
     return lines
 
 

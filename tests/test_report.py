@@ -230,6 +230,7 @@ def test_a_tripped_update_is_told(tmp_path: Path) -> None:
     text = write_report(write_run(tmp_path / "toy", events=[event])).read_text()
     assert "**stopped by the tripwire**: chosen log-prob fell 0.61 nats per token" in text
     assert "1 stopped by the tripwire. **The fleet ends on version 0.**" in text
+    assert "(no new version was promoted, so the start is still in force)" in text
 
 
 def test_no_pairs_and_no_contrast(tmp_path: Path) -> None:
