@@ -18,10 +18,16 @@ HOLD = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 """The settling action: no motion, gripper open."""
 
 _RANGE_TOLERANCE = 1e-6
+_DIVERGED = slice(4, 8)
+"""MuJoCo's warnings BADQPOS, BADQVEL, BADQACC and BADCTRL."""
 
 
 class InvalidActionError(ValueError):
     """An action that must not reach the simulator: wrong shape, not finite, or outside [-1, 1]."""
+
+
+class SimulatorFaultError(RuntimeError):
+    """The physics diverged; the episode is lost and the environment must be reset."""
 
 
 def to_observation(obs: dict[str, np.ndarray], instruction: str) -> Observation:
@@ -95,6 +101,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         )
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
         self._eef_pos, self._eef_quat, self._fingers = np.zeros(3), np.zeros(4), np.zeros(2)
+        self._warnings = self.sim.data._data.warning
         self._steps = 0
         self._done = True
 
@@ -150,6 +157,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         Raises:
             InvalidActionError: before the simulator is touched.
             RuntimeError: the episode is over, or was never reset.
+            SimulatorFaultError: the physics diverged.
         """
         success, truncated, executed = self.advance(actions)
         info = {"executed": executed, "success": success}
@@ -182,6 +190,12 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     def _advance(self, action: np.ndarray) -> bool:
         """One control step of the simulator; true when the goal holds after it."""
         self._control.step(action, self._keep_observation)
+        if self._warnings.number[_DIVERGED].any():
+            self._done = True
+            raise SimulatorFaultError(
+                f"{self.task.name}: the simulator diverged at step {self._steps + 1} (MuJoCo found a non-finite or "
+                "huge state and reset itself); call reset()"
+            )
         success = bool(self.domain._check_success())
         self.domain._post_process()
         return success

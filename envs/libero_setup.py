@@ -4,6 +4,7 @@ the user's own settings alone."""
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import importlib.util
 import io
 import logging
@@ -53,7 +54,7 @@ def prepare_libero(assets: ResolvedAssets, *, renderer: Renderer = "auto") -> No
 
     Raises:
         ModuleNotFoundError: LIBERO is not installed.
-        RuntimeError: MuJoCo was already loaded with another renderer.
+        RuntimeError: OpenGL was already loaded with another backend, or none is installed.
     """
     select_renderer(renderer)
     config_folder = _write_libero_config()
@@ -67,22 +68,23 @@ def prepare_libero(assets: ResolvedAssets, *, renderer: Renderer = "auto") -> No
 
 
 def select_renderer(renderer: Renderer) -> str:
-    """Choose MuJoCo's GL backend before MuJoCo is imported; returns "osmesa" or "egl".
+    """Choose the GL backend for this process and its children; returns "osmesa" or "egl".
 
     "auto" keeps an existing `MUJOCO_GL`, else takes EGL when it can make a context on an NVIDIA device, else
-    OSMesa (software).
+    software rendering: OSMesa, or EGL where OSMesa is not installed.
 
     Raises:
-        RuntimeError: MuJoCo was already loaded with another renderer.
+        RuntimeError: OpenGL was already loaded with another backend, or none is installed.
     """
     current = os.environ.get("MUJOCO_GL", "").strip().lower()
     chosen: str = renderer
     if renderer == "auto":
         chosen = current if current in ("osmesa", "egl") else _detect_renderer()
-    if "mujoco" in sys.modules and current != chosen:
+    loaded = os.environ.get("PYOPENGL_PLATFORM", "")
+    if "OpenGL" in sys.modules and loaded != chosen:
         raise RuntimeError(
-            f"environment.renderer={renderer!r} needs MUJOCO_GL={chosen}, but MuJoCo was already imported with "
-            f"MUJOCO_GL={current!r}; set MUJOCO_GL={chosen} before starting Python"
+            f"environment.renderer={renderer!r} needs PyOpenGL on {chosen}, but it was already imported on "
+            f"{loaded or 'its default'!r}; set MUJOCO_GL={chosen} PYOPENGL_PLATFORM={chosen} before starting Python"
         )
     os.environ["MUJOCO_GL"] = chosen
     os.environ["PYOPENGL_PLATFORM"] = chosen
@@ -90,17 +92,20 @@ def select_renderer(renderer: Renderer) -> str:
 
 
 def _detect_renderer() -> Literal["osmesa", "egl"]:
-    if not Path("/dev/nvidia0").exists():
+    if Path("/dev/nvidia0").exists():
+        # In a process of its own: PyOpenGL cannot change its platform once it is loaded.
+        environ = os.environ | {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}
+        command = [sys.executable, "-c", _EGL_PROBE]
+        if subprocess.run(command, env=environ, capture_output=True, check=False).returncode == 0:
+            return "egl"
+        logger.warning("an NVIDIA device is present but EGL made no context on it; rendering in software")
+    if ctypes.util.find_library("OSMesa"):
         return "osmesa"
-    # In a process of its own: PyOpenGL cannot change its platform once it is loaded.
-    environ = os.environ | {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}
-    probe = subprocess.run([sys.executable, "-c", _EGL_PROBE], env=environ, capture_output=True, check=False)
-    if probe.returncode == 0:
+    if ctypes.util.find_library("EGL"):
         return "egl"
-    logger.warning(
-        "an NVIDIA device is present but EGL made no context on it; rendering in software (OSMesa)"
+    raise RuntimeError(
+        "no OpenGL library to render with; expected libOSMesa or libEGL (Debian: libosmesa6, libegl1)"
     )
-    return "osmesa"
 
 
 def _write_libero_config() -> Path:

@@ -6,6 +6,7 @@ whatever is wholly outside a camera's view is left out before drawing. No pixel 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class CameraRenderer:
         if geometry == "collision":
             self._drawn = paint_collision_geometry(model)
             model.vis.quality.offsamples = 0
-        self._gl: Any = mujoco.GLContext(size, size)
+        self._gl: Any = _gl_context(size)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -101,6 +102,16 @@ class CameraRenderer:
             self._context.free()
             self._gl.free()
             self._gl = None
+
+
+def _gl_context(size: int) -> Any:
+    """A context of the backend that `select_renderer` chose. `mujoco.GLContext` would be the one of MuJoCo's first
+    import, which may have come before."""
+    if os.environ["MUJOCO_GL"] == "egl":
+        from mujoco.egl import GLContext  # either import fails under the other's platform
+    else:
+        from mujoco.osmesa import GLContext
+    return GLContext(size, size)
 
 
 class _Poses:
