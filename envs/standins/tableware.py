@@ -24,8 +24,8 @@ def tableware() -> tuple[Model, ...]:
     scanned: Family = "stable_scanned_objects"
     bought: Family = "turbosquid_objects"
     return (
-        _vessel("akita_black_bowl", scanned, 5.6, _bowl(1.0, CHARCOAL, ASH)),
-        _vessel("white_bowl", scanned, 2.1, _bowl(0.75, PORCELAIN, PORCELAIN)),
+        _vessel("akita_black_bowl", scanned, 5.6, _akita_black_bowl()),
+        _vessel("white_bowl", scanned, 2.1, _white_bowl()),
         _vessel("plate", scanned, 11.5, _plate()),
         _vessel("glazed_rim_porcelain_ramekin", scanned, 9.7, _ramekin()),
         _vessel("chefmate_8_frypan", scanned, 50.2, _frypan()),
@@ -41,16 +41,27 @@ def _vessel(name: str, family: Family, mass: float, shapes: Shapes) -> Model:
     return Model(name=name, family=family, body=Body(name="object", shapes=shapes, mass=mass))
 
 
-def _bowl(scale: float, inside: Colour, rim: Colour) -> Shapes:
-    """A flat foot, a shallow lower wall and a steep upper one; 107 mm wide and 52 mm high at scale 1.
+def _akita_black_bowl() -> Shapes:
+    """A flat foot, a shallow lower wall and a steep upper one; 107 mm wide and 52 mm high.
 
     The lower wall has an odd number of plates, and with them the bowl comes to lie askew when it is dropped on
     the ramekin (libero_spatial task 5 starts so), within 3 mm of where the published bowl lies. An even number
     nests it upright, 15 mm away.
     """
-    lower = ring(33.5 * scale, 9.8 * scale, (0.8, 11.8 * scale), inside, count=13, lean=60.0, start=90.0)
-    upper = ring(47.1 * scale, 33.7 * scale, (1.3, 18.8 * scale), rim, count=14, lean=14.5)
-    return (*prism(21.0 * scale, (1.6 * scale, 6.8 * scale), inside), *lower, *upper)
+    return (
+        *prism(21.0, (1.6, 6.8), CHARCOAL),
+        *ring(33.5, 9.8, (0.8, 11.8), CHARCOAL, count=13, lean=60.0, start=90.0),
+        *ring(47.1, 33.7, (1.3, 18.8), ASH, count=14, lean=14.5),
+    )
+
+
+def _white_bowl() -> Shapes:
+    """Smaller: 81 mm wide and 35 mm high."""
+    return (
+        *prism(17.0, (0.6, 4.2), PORCELAIN),
+        *ring(23.8, 7.0, (0.6, 8.5), PORCELAIN, count=12, lean=60.0),
+        *ring(35.7, 22.6, (1.0, 12.6), PORCELAIN, count=14, lean=16.0),
+    )
 
 
 def _plate() -> Shapes:
