@@ -1,4 +1,4 @@
-"""Pairloom's command line: `python launch.py [train|evaluate|collect|compare|assets] ...`.
+"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare or assets.
 
 Without a verb it trains the quickstart recipe. Start it on a cluster with
 `ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml`.
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from configs.describe import describe_recipe
-from configs.loader import RecipeError, load_recipe
-from envs.protocol import ComparisonError, compare_episodes
 from rich.console import Console
 from rich.table import Table
 
 from actors.pipeline import train as run_training
 from actors.placement import PlacementError
 from actors.verbs import collect_demonstrations, evaluate_run
+from configs.describe import describe_recipe
+from configs.loader import RecipeError, load_recipe
 from envs.assets import check_pack, resolve_assets
+from envs.protocol import ComparisonError, compare_episodes
 from learners.checkpoint import CheckpointError
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)

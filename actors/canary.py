@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from envs.protocol import mcnemar_worse
-
 from configs.schema import GuardPart
+from envs.protocol import mcnemar_worse
 from trajectories.records import Cell
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import ray
 import torch
-from learners.preference import PreferenceLearner, UpdateReport
-from learners.supervised import SupervisedLearner
-from preferences.pairing import PairCounts
-from preferences.store import PreferenceStore
 
 from configs.schema import AdapterPart, GuardPart, PolicyPart, PreferencePart, SupervisedPart
 from learners.checkpoint import load_checkpoint, save_checkpoint
+from learners.preference import PreferenceLearner, UpdateReport
+from learners.supervised import SupervisedLearner
 from policies.autoregressive import state_tensors
 from policies.make import make_policy
+from preferences.pairing import PairCounts
+from preferences.store import PreferenceStore
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
 
 PROGRESS_EVERY = 20
@@ -56,6 +56,7 @@ class Learner:
         self._demos = list(demos)
         part = self._supervised
         learner = SupervisedLearner(self._policy, part, seed=self._seed, demos=self._demos)
+
         def on_step(step: int, metrics: dict[str, float]) -> None:
             if step % PROGRESS_EVERY == 0 or step == part.steps:
                 self._monitor.report.remote("supervised", step, part.steps, metrics)

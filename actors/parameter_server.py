@@ -87,8 +87,8 @@ class ParameterServer:
     """The driver's handle on all shards: publishes versions that only rise, and keeps those still in use."""
 
     def __init__(self, *, start_checkpoint: str, num_shards: int) -> None:
-        self.shards = [
-            ParameterShard.options(num_cpus=0).remote(  # type: ignore[attr-defined]
+        self.shards: list[Any] = [
+            ParameterShard.options(num_cpus=0).remote(
                 start_checkpoint=start_checkpoint, index=i, num_shards=num_shards
             )
             for i in range(num_shards)

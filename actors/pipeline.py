@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from envs.fingerprint import stack_fingerprint
-from envs.protocol import held_out_cells, mcnemar, wilson
 
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
@@ -45,6 +43,8 @@ from actors.stages import (
 from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
+from envs.fingerprint import stack_fingerprint
+from envs.protocol import held_out_cells, mcnemar, wilson
 from trajectories.codec import load_trajectory, save_trajectory
 
 
@@ -103,6 +103,9 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
     """Start the actors, train (or take up) the supervised start, and publish it as version 0."""
     crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
     crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
+    frames = first_frames(crew, recipe.tasks)
+    stack = stack_fingerprint(assets=assets, environment=recipe.environment, first_frames=frames)
+    folder.write_json("fingerprint.json", stack)
     crew.start_learner(
         recipe.learner,
         policy=recipe.policy,

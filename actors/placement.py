@@ -76,7 +76,7 @@ class Crew:
     """Handles on every actor of a run."""
 
     def __init__(self) -> None:
-        self.monitor: Any = MonitorActor.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+        self.monitor: Any = MonitorActor.options(num_cpus=0).remote()
         self.policies: list[Any] = []
         self._others: list[Any] = [self.monitor]
 
@@ -90,7 +90,7 @@ class Crew:
     ) -> None:
         """Start the rollout actors."""
         actors = [
-            RolloutActor.options(  # type: ignore[attr-defined]
+            RolloutActor.options(
                 num_cpus=part.cpus_per_actor, max_restarts=-1, max_concurrency=part.envs_per_actor
             ).remote(environment=environment, assets=assets, num_envs=part.envs_per_actor)
             for _ in range(part.actors)
@@ -113,9 +113,7 @@ class Crew:
         seed: int,
     ) -> None:
         """Start the learner actor."""
-        self.learner: Any = LearnerActor.options(  # type: ignore[attr-defined]
-            num_cpus=part.cpus, num_gpus=part.gpus
-        ).remote(
+        self.learner: Any = LearnerActor.options(num_cpus=part.cpus, num_gpus=part.gpus).remote(
             policy=policy,
             supervised=supervised,
             adapter=adapter,
@@ -130,7 +128,7 @@ class Crew:
 
     def start_store(self, folder: str, *, preference: PreferencePart, seed: int) -> None:
         """Start the actor that owns the preference store."""
-        self.store: Any = StoreActor.options(num_cpus=0).remote(  # type: ignore[attr-defined]
+        self.store: Any = StoreActor.options(num_cpus=0).remote(
             folder=folder, preference=preference, seed=seed
         )
         self._others.append(self.store)
@@ -147,7 +145,7 @@ class Crew:
         """Start the parameter-server shards on a start checkpoint, and the policy actors that pull from them."""
         self.server = ParameterServer(start_checkpoint=start_checkpoint, num_shards=num_shards)
         self.policies = [
-            PolicyActor.options(  # type: ignore[attr-defined]
+            PolicyActor.options(
                 num_cpus=part.cpus_per_actor,
                 num_gpus=part.gpus_per_actor,
                 max_restarts=-1,

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from envs.demonstrations import demonstrate
-from envs.fingerprint import first_frame_hash
 from ray.exceptions import RayActorError
 
 from configs.schema import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets
+from envs.demonstrations import demonstrate
+from envs.fingerprint import first_frame_hash
 from envs.libero import InvalidActionError, LiberoEnv, to_observation
 from trajectories.codec import episode_record
 from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory

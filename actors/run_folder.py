@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from configs.loader import dump_recipe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from configs.loader import dump_recipe
 from configs.schema import Recipe
 from trajectories.journal import Journal, read_journal
 

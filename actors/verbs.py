@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from configs.loader import RecipeError, load_recipe
-from envs.protocol import held_out_cells, published_cells, wilson
-
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
 from actors.stages import demonstrate, drive
+from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets
+from envs.protocol import held_out_cells, published_cells, wilson
 from learners.checkpoint import load_checkpoint
 from trajectories.adapter_codec import adapter_from_tensors
 from trajectories.codec import save_trajectory

@@ -72,7 +72,7 @@ def resolve_assets(explicit: str | None) -> ResolvedAssets:
 
     Raises:
         FileNotFoundError: `explicit` does not exist or is not an asset folder.
-        OSError: the cache, where the stand-ins are built, cannot be written.
+        OSError: the cache, where the stand-ins are built, cannot be written, or the pack there is damaged.
     """
     if explicit is not None:
         return _resolved(_explicit_folder(explicit), "explicit")
@@ -108,8 +108,11 @@ def pack_digest(folder: Path) -> str:
     Meshes and textures are named by size only: a full pack is large, and this runs in every process.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts):
-        digest.update(f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}\n".encode())
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder)
+        if ".cache" in name.parts:  # the Hub client's own notes, which differ from one download to the next
+            continue
+        digest.update(f"{name.as_posix()}:{path.stat().st_size}\n".encode())
         if path.suffix == ".xml":
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -222,6 +225,12 @@ def _stand_in_pack() -> Path:
     """
     place = cache_folder() / "stand-ins" / generator_digest()
     if place.is_dir():
+        problems = check_pack(place)
+        if problems:
+            raise OSError(
+                f"the stand-in assets in {place} are damaged ({problems[0]}): delete that folder, "
+                "and they are built again"
+            )
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

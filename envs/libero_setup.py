@@ -62,6 +62,7 @@ def prepare_libero(assets: ResolvedAssets, *, renderer: Renderer = "auto") -> No
     os.environ["LIBERO_CONFIG_PATH"] = str(config_folder)
     _load_robosuite_settings()
     with contextlib.redirect_stdout(io.StringIO()):
+        # Only now: at its import LIBERO reads the folder named above.
         import libero.libero
         import libero.libero.envs
     libero.libero._assets_path_cache = str(assets.path)
