@@ -9,13 +9,14 @@ import numpy as np
 
 from envs.experts.grasps import box_grasp, rim_grasp
 from envs.experts.pick_place import PickPlace
-from envs.experts.places import in_basket, on_object
+from envs.experts.places import in_basket, on_object, on_site
 from envs.experts.scene import Simulated
 from envs.libero import LiberoEnv
 
 EXPERT_TASKS: dict[str, tuple[int, ...]] = {
     "libero_object": tuple(range(10)),
-    "libero_spatial": (0, 1, 2, 3, 5, 6, 7, 8, 9),
+    "libero_spatial": tuple(range(10)),
+    "libero_goal": (1, 2, 4, 6, 8, 9),
 }
 """Tasks that have an expert, by suite."""
 
@@ -51,10 +52,11 @@ def _make(env: LiberoEnv) -> Expert:
     (goal,) = env.domain.parsed_problem["goal_state"]
     predicate, item, target = goal
     grasp = rim_grasp if "bowl" in item else box_grasp
-    match predicate:
-        case "in":
-            return PickPlace(
-                item, grasp=grasp, place=partial(in_basket, basket=target.removesuffix("_contain_region"))
-            )
-        case _:
-            return PickPlace(item, grasp=grasp, place=partial(on_object, support=target))
+    if predicate == "in":
+        return PickPlace(
+            item, grasp=grasp, place=partial(in_basket, basket=target.removesuffix("_contain_region"))
+        )
+    if target in env.domain.object_sites_dict:
+        support = env.domain.object_sites_dict[target].parent_name
+        return PickPlace(item, grasp=grasp, place=partial(on_site, site=target, support=support))
+    return PickPlace(item, grasp=grasp, place=partial(on_object, support=target))

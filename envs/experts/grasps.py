@@ -54,12 +54,13 @@ def box_grasp(scene: Scene, item: str) -> Grasp:
     upright = int(np.argmax(np.abs(block.axes[2])))
     sides = [i for i in range(3) if i != upright]
     narrow = min(sides, key=lambda i: block.half[i])
+    height = max(block.bottom + TIP_DEPTH, block.top - PALM_DEPTH)
     rows = []
     for side in sides:
-        width = 2 * block.half[side]
+        line = block.axes[:2, side]
+        width = scene.width(item, along=line, low=height - 0.005, high=height + 0.012)
         if side != narrow and width > 0.9 * GRIPPER_SPAN:
             continue
-        line = block.axes[:2, side]
         along = block.axes[:2, sum(sides) - side]
         room = max(0.0, block.half[sum(sides) - side] - 0.012)
         yaw = _wrap(math.atan2(-line[0], line[1]))
@@ -73,9 +74,7 @@ def box_grasp(scene: Scene, item: str) -> Grasp:
             for shift in _SHIFTS[np.abs(_SHIFTS) <= room]
             for turn in _TURNS
         ]
-    return _best(
-        np.array(rows), max(block.bottom + TIP_DEPTH, block.top - PALM_DEPTH), scene.obstacles(ignoring=item)
-    )
+    return _best(np.array(rows), height, scene.obstacles(ignoring=item))
 
 
 def rim_grasp(scene: Scene, item: str) -> Grasp:

@@ -83,7 +83,9 @@ def _reach(scene: Scene, item: str, gripper: Gripper, grasp: Grasp) -> np.ndarra
     ceiling = scene.ceiling(gripper.position[:2], grasp.position[:2], ignoring=item, width=0.07)
     hover = max(HOVER, ceiling + 0.025 - grasp.position[2])
     offset[2] += min(hover, 4.0 * max(0.0, misaligned - 0.006)) if open_enough else HOVER
-    return move(gripper, _up_first(offset), rotation=rotation, grip=OPEN)
+    freedom = _freedom(offset[2])
+    rotation = palm_down(gripper, nearest_yaw(gripper, yaw, share=freedom), grasp.position)
+    return move(gripper, offset * [freedom, freedom, 1.0], rotation=rotation, grip=OPEN)
 
 
 def _carry(scene: Scene, item: str, gripper: Gripper, block: Block, place: Place) -> np.ndarray:
@@ -100,11 +102,11 @@ def _carry(scene: Scene, item: str, gripper: Gripper, block: Block, place: Place
     offset[2] = height - block.bottom
     down = block.bottom < place.release + 0.008 or scene.touching(item, place.support)
     arrived = distance < place.tolerance and down
-    rotation = palm_down(gripper, nearest_yaw(gripper, 0.0), gripper.position + goal)
-    return move(gripper, _up_first(offset), rotation=rotation, grip=OPEN if arrived else CLOSE)
+    freedom = _freedom(offset[2])
+    rotation = palm_down(gripper, nearest_yaw(gripper, 0.0, share=freedom), gripper.position + goal)
+    return move(gripper, offset * [freedom, freedom, 1.0], rotation=rotation, grip=OPEN if arrived else CLOSE)
 
 
-def _up_first(offset: np.ndarray) -> np.ndarray:
-    """`offset` [3] without its sideways part while the height to gain is over 4 cm, blended in from there on."""
-    sideways = np.clip((0.04 - offset[2]) / 0.03, 0.0, 1.0)
-    return offset * np.array([sideways, sideways, 1.0])
+def _freedom(rise: float) -> float:
+    """How far sideways motion and turning are allowed, 0 to 1, with `rise` metres still to go up: first up."""
+    return float(np.clip((0.04 - rise) / 0.03, 0.0, 1.0))

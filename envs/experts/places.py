@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from envs.experts.pick_place import TIP, Place
 from envs.experts.scene import Scene
 
@@ -25,4 +27,21 @@ def on_object(scene: Scene, item: str, *, support: str) -> Place:
         clear=block.top + 0.04,
         support=support,
         tolerance=0.015,
+    )
+
+
+def on_site(scene: Scene, item: str, *, site: str, support: str) -> Place:
+    """Set down on a region of a fixture, until it touches the fixture.
+
+    LIBERO asks for the origin within a box that stands on the site, so aim at the middle of that box (on the sloping
+    wine rack it is not above the site).
+    """
+    position, rotation = scene.site(site)
+    aim = position + rotation.T @ np.array([0.0, 0.0, 0.05])
+    return Place(
+        position=aim[:2],
+        release=position[2] - 0.02,
+        clear=position[2] + 0.05,
+        support=support,
+        tolerance=0.02,
     )

@@ -137,19 +137,33 @@ class Scene:
         axes = np.array(self._sim.data.body_xmat[body]).reshape(3, 3)
         return Block(origin=origin, center=origin + axes @ center, axes=axes, half=half)
 
+    def width(self, name: str, *, along: np.ndarray, low: float, high: float) -> float:
+        """Extent of object `name`, metres, along the level unit vector `along` [2], between two heights."""
+        parts = sorted(self._geoms[name])
+        center, axes, half = self._boxes_of(parts)
+        reach = np.einsum("nij,nj->ni", np.abs(axes), half)[:, 2]
+        inside = (center[:, 2] - reach < high) & (center[:, 2] + reach > low)
+        if not inside.any():
+            return 0.0
+        middle = center[inside, :2] @ along
+        side = (np.abs(np.einsum("d,ndi->ni", along, axes[inside, :2])) * half[inside]).sum(axis=1)
+        return float((middle + side).max() - (middle - side).min())
+
     def obstacles(self, *, ignoring: str) -> Obstacles:
         """One box for every object but `ignoring`, and one for every collision geom of the fixtures."""
         blocks = [self.block(name) for name in self.objects if name != ignoring]
-        data = self._sim.data
-        parts = self._fixture_geoms
-        frames = np.array(data.geom_xmat[parts]).reshape(-1, 3, 3)
-        box = self._sim.model.geom_aabb[parts]
-        middles = data.geom_xpos[parts] + np.einsum("nij,nj->ni", frames, box[:, :3])
+        center, axes, half = self._boxes_of(self._fixture_geoms)
         return _upright(
-            np.concatenate([[block.center for block in blocks], middles]),
-            np.concatenate([[block.axes for block in blocks], frames]),
-            np.concatenate([[block.half for block in blocks], box[:, 3:]]),
+            np.concatenate([[block.center for block in blocks], center]),
+            np.concatenate([[block.axes for block in blocks], axes]),
+            np.concatenate([[block.half for block in blocks], half]),
         )
+
+    def _boxes_of(self, geoms: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Middles [N, 3], axes [N, 3, 3] and half sizes [N, 3] of the boxes around `geoms`."""
+        axes = np.array(self._sim.data.geom_xmat[geoms]).reshape(-1, 3, 3)
+        box = self._sim.model.geom_aabb[geoms]
+        return self._sim.data.geom_xpos[geoms] + np.einsum("nij,nj->ni", axes, box[:, :3]), axes, box[:, 3:]
 
     def gripper(self) -> Gripper:
         data = self._sim.data

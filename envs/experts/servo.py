@@ -50,10 +50,11 @@ def palm_down(gripper: Gripper, yaw: float, at: np.ndarray) -> np.ndarray:
     )
 
 
-def nearest_yaw(gripper: Gripper, yaw: float) -> float:
-    """`yaw` or a half turn away from it (the same grasp), whichever the gripper is nearer to. Radians."""
+def nearest_yaw(gripper: Gripper, yaw: float, *, share: float = 1.0) -> float:
+    """`yaw` or a half turn away from it (the same grasp), whichever the gripper is nearer to; or only `share` of the
+    way there. Radians."""
     now = _yaw(gripper)
-    return now + math.pi / 2 - (math.pi / 2 - (yaw - now)) % math.pi
+    return now + share * (math.pi / 2 - (math.pi / 2 - (yaw - now)) % math.pi)
 
 
 def turn_left(gripper: Gripper, yaw: float) -> float:
