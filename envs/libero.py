@@ -100,7 +100,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             }
         )
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
-        self._eef_pos, self._eef_quat, self._fingers = np.zeros(3), np.zeros(4), np.zeros(2)
+        self._proprio = [(live.copy(), live) for live in self._proprio_views()]
         self._warnings = self.sim.data._data.warning
         self._steps = 0
         self._done = True
@@ -200,18 +200,24 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.domain._post_process()
         return success
 
+    def _proprio_views(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Live views of the end effector's position [3] and quaternion wxyz [4], and the finger joints [2]."""
+        robot, data = self.domain.robots[0], self.sim.data._data
+        hand = self.sim.model.body_name2id(robot.robot_model.eef_name)
+        fingers = robot._ref_gripper_joint_pos_indexes
+        return data.site_xpos[robot.eef_site_id], data.xquat[hand], data.qpos[fingers[0] : fingers[-1] + 1]
+
     def _keep_observation(self) -> None:
         """Note what the cameras and joints show now; `observe` draws this moment."""
         self._renderer.keep_poses()
-        robot, data = self.domain.robots[0], self.sim.data
-        np.copyto(self._eef_pos, data.site_xpos[robot.eef_site_id])
-        np.copyto(self._eef_quat, data.get_body_xquat(robot.robot_model.eef_name))
-        np.copyto(self._fingers, data.qpos[robot._ref_gripper_joint_pos_indexes])
+        for kept, live in self._proprio:
+            np.copyto(kept, live)
 
     def observe(self) -> dict[str, np.ndarray]:
         """Draw the observation of the last control step (or of the reset)."""
         agentview, wrist = self._renderer.render()
-        proprio = np.concatenate((self._eef_pos, axis_angle(self._eef_quat), self._fingers))
+        position, quaternion, fingers = (kept for kept, _ in self._proprio)
+        proprio = np.concatenate((position, axis_angle(quaternion), fingers))
         return {"agentview": agentview, "wrist": wrist, "proprio": proprio.astype(np.float32)}
 
     def _checked_init_state(self, options: dict[str, Any]) -> int:
