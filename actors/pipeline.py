@@ -37,9 +37,11 @@ from actors.stages import (
     first_frames,
     follow,
     publish,
+    take_recorded,
     training_cells,
     trial,
 )
+from configs.loader import load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
@@ -62,7 +64,7 @@ def train(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
     crew = Crew()
     try:
         start = prepare(recipe, folder, crew, assets)
-        before = evaluate(recipe, folder, crew, start)
+        before = recorded_start(recipe, folder, start) or evaluate(recipe, folder, crew, start)
         match recipe.schedule:
             case "synchronous":
                 good = synchronous(recipe, folder, crew, start)
@@ -176,6 +178,21 @@ def settle(
         temperature=recipe.policy.temperature,
         round_index=index,
     )
+
+
+def recorded_start(recipe: Recipe, folder: RunFolder, start: Version) -> Outcomes | None:
+    """The evaluation of a start that was taken up, when its own run has driven this very manifest with these very
+    weights in the same way; None otherwise."""
+    if recipe.start is None:
+        return None
+    source = load_recipe(Path(recipe.start) / "recipe.yaml")
+    same = (source.environment, source.policy, source.evaluation.temperature) == (
+        recipe.environment,
+        recipe.policy,
+        recipe.evaluation.temperature,
+    )
+    cells = held_out_cells(recipe.tasks, recipe.evaluation.sampling_seeds)
+    return take_recorded(folder, Path(recipe.start), cells, start.content_hash) if same else None
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, crew: Crew, version: Version) -> Outcomes:

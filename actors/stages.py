@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from actors.run_folder import RunFolder, progress_bar
 from configs.schema import DemonstrationPart, GuardPart, RolloutPart, TaskPart
 from learners.checkpoint import save_checkpoint
 from trajectories.adapter_codec import adapter_to_tensors
+from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell, Trajectory
 
 DEMO_ATTEMPTS = 5
@@ -107,6 +109,30 @@ def drive(
         env_steps_per_s=round(out.env_steps / out.wall_s, 1),
         **_serving_stats(crew),
     )
+    return out
+
+
+def take_recorded(
+    folder: RunFolder, source: Path, cells: Sequence[Cell], content_hash: str
+) -> Outcomes | None:
+    """Outcomes of these cells under these weights from another run's evaluation, entered into this run's episodes.
+
+    None when one of the cells is not recorded there.
+    """
+    found = {
+        _cell(episode): {key: value for key, value in episode.items() if key not in ("phase", "round")}
+        for episode in read_journal(source / "episodes.jsonl")
+        if episode["phase"] == "evaluation" and episode["policy_hash"] == content_hash
+    }
+    if not all(cell in found for cell in cells):
+        return None
+    out = Outcomes()
+    for cell in cells:
+        folder.episode("evaluation", -1, found[cell])
+        if found[cell]["outcome"] == "fault":
+            out.faults += 1
+        else:
+            out.success[cell] = found[cell]["success"]
     return out
 
 

@@ -1,0 +1,143 @@
+"""The loop from demonstrations to report, on real Ray, LIBERO and MuJoCo, with things going wrong in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.pipeline import train
+from configs.loader import load_recipe
+from configs.schema import Recipe
+from trajectories.codec import load_trajectory
+from trajectories.journal import read_journal
+
+pytestmark = [pytest.mark.ray, pytest.mark.libero]
+
+
+def episodes(run: Path, phase: str) -> list[dict[str, Any]]:
+    return [e for e in read_journal(run / "episodes.jsonl") if e["phase"] == phase]
+
+
+def cell_of(episode: dict[str, Any]) -> tuple[int, int, int]:
+    return episode["task_id"], episode["init_state"], episode["seed"]
+
+
+def changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
+    """The recipe with some settings of some parts replaced."""
+    update = {name: getattr(recipe, name).model_copy(update=values) for name, values in parts.items()}
+    return recipe.model_copy(update=update)
+
+
+def test_a_run_leaves_everything_behind(trained_run: Path) -> None:
+    result = json.loads((trained_run / "result.json").read_text())
+    assert list(result) == [
+        "suite",
+        "task_ids",
+        "assets",
+        "held_out_episodes",
+        "success_before",
+        "success_after",
+        "wilson_before",
+        "wilson_after",
+        "mcnemar_p",
+        "env_steps_per_s",
+        "wall_s",
+    ]
+    assert result["held_out_episodes"] == 10
+    assert result["wilson_before"][0] <= result["success_before"] <= result["wilson_before"][1]
+    held_out = episodes(trained_run, "evaluation")
+    assert {e["init_state"] for e in held_out} == set(range(40, 50))
+    start = [e for e in held_out if e["policy_version"] == 0]
+    assert sum(e["success"] for e in start) / len(start) == result["success_before"]
+    report = (trained_run / "report.md").read_text()
+    assert "not comparable" in report
+    fingerprint = json.loads((trained_run / "fingerprint.json").read_text())
+    assert list(fingerprint["first_frames"]) == ["libero_object/0"]
+
+
+def test_every_rollout_is_stored_once_with_the_weights_that_drove_it(trained_run: Path) -> None:
+    driven = episodes(trained_run, "rollout") + episodes(trained_run, "canary")
+    files = {path.stem for path in (trained_run / "trajectories").glob("*.trajectory")}
+    assert files == {e["trajectory_id"] for e in driven}
+    assert len(files) == len(driven) >= 16
+    published = {
+        m["version"]: m["hash"]
+        for m in read_journal(trained_run / "metrics.jsonl")
+        if m["stage"] == "published"
+    }
+    assert {(e["policy_version"], e["policy_hash"]) for e in driven} <= set(published.items())
+    one = load_trajectory(trained_run / "trajectories" / f"{driven[0]['trajectory_id']}.trajectory")
+    assert sum(d.executed for d in one.decisions) == one.env_steps == driven[0]["env_steps"]
+
+
+@pytest.mark.parametrize(
+    ("guard", "expected"),
+    [({}, "tripped"), ({"chosen_drop": 1e9, "canary_significance": 0.2}, "rolled_back")],
+)
+def test_a_destructive_update_never_reaches_the_fleet(
+    tiny: Recipe, tmp_path: Path, guard: dict[str, float], expected: str
+) -> None:
+    """Learning rate and beta far too high: the tripwire stops it; with the tripwire out of reach, the canary does."""
+    recipe = changed(
+        tiny,
+        preference={"lr": 0.05, "beta": 5.0, "anchor_weight": 0.0, "success_weight": 0.0, "demo_weight": 0.0},
+        guard=guard,
+    ).model_copy(update={"name": expected})
+    result = train(recipe, root=tmp_path)
+    run = tmp_path / expected
+    kinds = [e["event"] for e in read_journal(run / "events.jsonl")]
+    assert kinds == [expected]
+    assert {e["policy_version"] for e in episodes(run, "evaluation")} == {0}
+    assert result["success_after"] == result["success_before"]
+    told = {"tripped": "stopped by the tripwire", "rolled_back": "rolled back"}[expected]
+    assert told in (run / "report.md").read_text()
+
+
+def test_killed_actors_cost_no_trajectory(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = tiny.model_copy(update={"name": "killed"})
+    run = tmp_path / "killed"
+    killed: list[str] = []
+
+    def kill_both() -> None:
+        """Once some rollouts are in, end one process of each kind, by pid."""
+        while not run.exists() or len(episodes(run, "rollout")) < 3:
+            time.sleep(0.2)
+        for title in ("ray::Rollouts", "ray::PolicyServer"):
+            process = next(p for p in psutil.process_iter(["cmdline"]) if _titled(p, title))
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(title)
+            time.sleep(1.0)
+
+    killer = threading.Thread(target=kill_both, daemon=True)
+    killer.start()
+    train(recipe, root=tmp_path)
+    assert killed == ["ray::Rollouts", "ray::PolicyServer"]
+    rollouts = episodes(run, "rollout")
+    assert Counter(map(cell_of, rollouts)) == {
+        (0, state, 1000 + sample): 1 for state in range(4) for sample in range(4)
+    }
+    stored = {path.stem for path in (run / "trajectories").glob("*.trajectory")}
+    assert stored == {e["trajectory_id"] for e in rollouts + episodes(run, "canary")}
+    assert "requeued" in {e["event"] for e in read_journal(run / "events.jsonl")}
+    assert not any(e["outcome"] == "fault" for e in rollouts)
+
+
+def _titled(process: psutil.Process, title: str) -> bool:
+    return any(word.startswith(title) for word in process.info["cmdline"] or ())
+
+
+def test_a_run_of_the_same_name_moves_the_earlier_one_aside(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = changed(tiny, rollouts={"rounds": 0}).model_copy(update={"name": "twice"})
+    first = train(recipe, root=tmp_path)
+    train(recipe, root=tmp_path)
+    assert json.loads((tmp_path / "twice~1" / "result.json").read_text()) == first
+    assert load_recipe(tmp_path / "twice" / "recipe.yaml") == recipe
