@@ -41,26 +41,30 @@ from actors.stages import (
     training_cells,
     trial,
 )
-from configs.loader import load_recipe
+from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.fingerprint import stack_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
+from learners.checkpoint import verify
 from trajectories.codec import load_trajectory, save_trajectory
 
 
-def train(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
+def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from start to report.
 
-    Returns the result that is also written to `result.json`. Raises PlacementError when the cluster is too small, and
-    FileNotFoundError or AssetError for a missing start or assets, before any actor starts.
+    Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
+    cluster is too small, RecipeError or CheckpointError for a start that is missing or damaged, and FileNotFoundError
+    for missing assets.
     """
     started = time.monotonic()
+    if recipe.start is not None:
+        check_start(Path(recipe.start))
     assets = resolve_assets(recipe.environment.assets)
     connect()
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
-    folder = RunFolder.create(recipe, root)
+    folder = RunFolder.create(recipe)
     crew = Crew()
     try:
         start = prepare(recipe, folder, crew, assets)
@@ -76,6 +80,15 @@ def train(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
         return result
     finally:
         crew.dismiss()
+
+
+def check_start(source: Path) -> None:
+    """Raise RecipeError or CheckpointError, naming what is wrong, unless a start can be taken up from this run."""
+    if not (source / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
+        )
+    verify(source / "checkpoints" / "start")
 
 
 def synchronous(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:

@@ -24,7 +24,7 @@ PLAIN_EVERY_S = 10.0
 
 
 class RunFolder:
-    """`runs/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/,
+    """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/,
     demonstrations/, trajectories/ and pairs.jsonl (the preference store's), result.json, report.md."""
 
     def __init__(self, path: Path) -> None:
@@ -34,11 +34,12 @@ class RunFolder:
         self._events = Journal(path / "events.jsonl")
 
     @classmethod
-    def create(cls, recipe: Recipe, root: Path = Path("runs")) -> RunFolder:
+    def create(cls, recipe: Recipe) -> RunFolder:
         """Make the folder for a new run. An earlier run of the same name is moved aside, never overwritten.
 
         Raises OSError when the folder cannot be written.
         """
+        root = Path(recipe.root)
         path = root / recipe.name
         if path.exists():
             taken = [int(p.name.rsplit("~", 1)[1]) for p in root.glob(f"{recipe.name}~*")]

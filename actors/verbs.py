@@ -21,12 +21,12 @@ from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights
 
 
-def collect_demonstrations(recipe: Recipe, *, root: Path = Path("runs")) -> dict[str, Any]:
-    """Run the scripted experts of a recipe; successful demonstrations go to `runs/<name>/demonstrations/`.
+def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
+    """Run the scripted experts of a recipe; successful demonstrations go to `<root>/<name>/demonstrations/`.
 
     Returns the counts and the folder. Raises what `train` raises before its actors start.
     """
-    with _crew(recipe, lambda: RunFolder.create(recipe, root)) as (crew, folder):
+    with _crew(recipe, lambda: RunFolder.create(recipe)) as (crew, folder):
         demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
         for demo in demos:
             save_trajectory(folder.demonstrations / demo.trajectory_id, demo)

@@ -233,7 +233,12 @@ class Recipe(Part):
     """A whole run."""
 
     name: str = Field(
-        description="run name; outputs go to runs/<name>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+        description="run name; outputs go to <root>/<name>/", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    root: str = Field(
+        "runs",
+        description="folder that holds the run folders; for a submitted job an absolute path that every node sees, "
+        "since a job's own working directory is temporary",
     )
     seed: int = Field(0, ge=0, description="training seed")
     schedule: Literal["synchronous", "overlapped"] = Field(

@@ -28,7 +28,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Other tests take up its start, so that the policy is trained once.
     """
     root = tmp_path_factory.mktemp("runs")
-    train(load_recipe(TINY, []), root=root)
+    train(load_recipe(TINY, [f"root={root}"]))
     yield root / "one-task"
     ray.shutdown()
 

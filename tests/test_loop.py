@@ -91,8 +91,8 @@ def test_a_destructive_update_never_reaches_the_fleet(
         tiny,
         preference={"lr": 0.05, "beta": 5.0, "anchor_weight": 0.0, "success_weight": 0.0, "demo_weight": 0.0},
         guard=guard,
-    ).model_copy(update={"name": expected})
-    result = train(recipe, root=tmp_path)
+    ).model_copy(update={"name": expected, "root": str(tmp_path)})
+    result = train(recipe)
     run = tmp_path / expected
     kinds = [e["event"] for e in read_journal(run / "events.jsonl")]
     assert kinds == [expected]
@@ -103,7 +103,7 @@ def test_a_destructive_update_never_reaches_the_fleet(
 
 
 def test_killed_actors_cost_no_trajectory(tiny: Recipe, tmp_path: Path) -> None:
-    recipe = tiny.model_copy(update={"name": "killed"})
+    recipe = tiny.model_copy(update={"name": "killed", "root": str(tmp_path)})
     run = tmp_path / "killed"
     killed: list[str] = []
 
@@ -119,7 +119,7 @@ def test_killed_actors_cost_no_trajectory(tiny: Recipe, tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill_both, daemon=True)
     killer.start()
-    train(recipe, root=tmp_path)
+    train(recipe)
     assert killed == ["ray::Rollouts", "ray::PolicyServer"]
     rollouts = episodes(run, "rollout")
     assert Counter(map(cell_of, rollouts)) == {
@@ -136,8 +136,8 @@ def _titled(process: psutil.Process, title: str) -> bool:
 
 
 def test_a_run_of_the_same_name_moves_the_earlier_one_aside(tiny: Recipe, tmp_path: Path) -> None:
-    recipe = changed(tiny, rollouts={"rounds": 0}).model_copy(update={"name": "twice"})
-    first = train(recipe, root=tmp_path)
-    train(recipe, root=tmp_path)
+    recipe = changed(tiny, rollouts={"rounds": 0}).model_copy(update={"name": "twice", "root": str(tmp_path)})
+    first = train(recipe)
+    train(recipe)
     assert json.loads((tmp_path / "twice~1" / "result.json").read_text()) == first
     assert load_recipe(tmp_path / "twice" / "recipe.yaml") == recipe

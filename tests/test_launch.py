@@ -1,0 +1,149 @@
+"""The command line as a person uses it: what goes wrong is one line and exit code 2, and a job can be submitted."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "configs/quickstart.yaml", "preferences.beta=1"), "preference"),
+        (("train", "configs/quickstar.yaml"), "configs/quickstart.yaml"),
+        (("train", "configs/quickstart.yaml", "environment.assets=no/such/folder"), "no/such/folder"),
+        (("train", "configs/quickstart.yaml", "start=no/such/run"), "no/such/run"),
+        (("evaluate", "no/such/run"), "no/such/run"),
+        (("compare", "no/such/run", "no/such/other"), "no/such/run"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = launch(*arguments, *([f"root={tmp_path}"] if arguments[0] == "train" else []))
+    assert done.returncode == 2
+    complaint = done.stderr.strip().splitlines()[-1]
+    assert complaint.startswith("pairloom: ")
+    assert said in complaint
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ray
+def test_more_gpus_than_exist_stop_the_run_before_it_starts(tmp_path: Path) -> None:
+    done = launch("train", "configs/quickstart.yaml", "serving.gpus_per_actor=8", f"root={tmp_path}")
+    assert done.returncode == 2
+    assert "asks for 8 GPUs and the cluster has 0" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_field() -> None:
+    done = launch("train", "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "preference.beta" in text
+    assert "DPO inverse temperature" in text
+
+
+def test_assets_says_which_kind_is_in_force() -> None:
+    done = launch("assets")
+    assert done.returncode == 0
+    assert "complete for all 40 tasks" in done.stdout
+
+
+@pytest.mark.libero
+@pytest.mark.ray
+def test_a_corrupt_start_is_named(trained_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained_run, copy)
+    weights = copy / "checkpoints" / "start" / "tensors.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    recipe = ROOT / "tests" / "recipes" / "one_task.yaml"
+    done = launch("train", str(recipe), f"start={copy}", f"root={tmp_path / 'runs'}")
+    assert done.returncode == 2
+    complaint = done.stderr.strip().splitlines()[-1]
+    assert "tensors.safetensors was altered" in complaint
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head with token authentication, and the environment that may talk to it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    port, dashboard = _free_port(), _free_port()
+    process = subprocess.Popen(
+        f"ray start --head --block --num-cpus=2 --port={port} --dashboard-port={dashboard} "
+        "--object-store-memory=500000000".split(),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_for(["ray", "job", "list", "--address", address], environment)
+        yield address, environment
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.libero
+@pytest.mark.ray
+def test_a_job_is_submitted_with_a_token(
+    trained_run: Path, head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, environment = head
+    settings = [f"start={trained_run}", f"root={tmp_path}", "rollouts.rounds=1", "name=job"]
+    settings += ["rollouts.init_states_per_round=1", "rollouts.samples_per_state=2", "tasks.task_ids=[0]"]
+    settings += ["tasks.held_out_init_states=[40,41]", "environment.max_steps=40"]
+    submit = ["ray", "job", "submit", "--address", address, "--working-dir", "."]
+    command = [*submit, "--", "python", "launch.py", "train", "configs/quickstart.yaml", *settings]
+    stranger = {**environment, "RAY_AUTH_TOKEN": "0" * 32}
+    refused = subprocess.run(command, env=stranger, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert not (tmp_path / "job").exists()
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "job" / "result.json").read_text())
+    assert result["held_out_episodes"] == 2
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _wait_for(command: list[str], environment: dict[str, str]) -> None:
+    deadline = time.monotonic() + 90
+    while subprocess.run(command, env=environment, capture_output=True, check=False).returncode:
+        assert time.monotonic() < deadline, "the Ray head did not come up in 90 s"
+        time.sleep(1)
