@@ -158,7 +158,9 @@ def _download() -> Path | None:
     if refusal is None:
         try:
             folder = Path(snapshot_download(HUB_REPOSITORY, repo_type="dataset"))
-        except (OSError, HfHubHTTPError) as error:
+        except (OSError, HfHubHTTPError, RuntimeError, AttributeError) as error:
+            # When one of its download threads gives up, huggingface_hub closes the client under the others,
+            # and which of their errors comes out is chance.
             refusal = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             problems = check_pack(folder)
