@@ -139,16 +139,16 @@ class PreferencePart(Part):
     )
     preference_weight: float = Field(1.0, ge=0, description="weight of the DPO term")
     anchor_weight: float = Field(0.2, ge=0, description="weight of -log pi on the chosen side of each pair")
-    success_weight: float = Field(0.2, ge=0, description="weight of -log pi on successful trajectories")
-    demo_weight: float = Field(0.1, ge=0, description="weight of -log pi on the demonstrations")
+    success_weight: float = Field(1.0, ge=0, description="weight of -log pi on successful trajectories")
+    demo_weight: float = Field(0.5, ge=0, description="weight of -log pi on the demonstrations")
     rejected_floor: float = Field(
-        2.0,
+        0.2,
         gt=0,
         description="nats per token by which a rejected chunk's log-prob may fall below its reference; past it "
         "the chunk gives no gradient",
     )
     lr: float = Field(2e-4, gt=0, description="AdamW learning rate of the adapter")
-    steps: int = Field(200, ge=1, description="optimizer steps per round")
+    steps: int = Field(150, ge=1, description="optimizer steps per round")
     pairs_per_step: int = Field(4, ge=1, description="pairs per optimizer step")
     decisions_per_trajectory: int = Field(
         12, ge=1, description="decisions drawn from each side of a pair at a step (unbiased, rescaled)"
