@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -224,6 +225,25 @@ def test_geometry_changes_the_picture_and_nothing_else(env: LiberoEnv) -> None:
     collision.close()
 
 
+def test_contacts_equal_robosuites_own(env: LiberoEnv) -> None:
+    env.reset(seed=3, options={"init_state": 4})
+    grasp_actions(env, "alphabet_soup_1")
+    domain = env.domain
+    things = [domain.robots[0].gripper, *domain.objects_dict.values()]
+    found = {(a.name, b.name): domain.check_contact(a, b) for a in things for b in things if a is not b}
+    by_name = {
+        (a.name, b.name): domain.check_contact(a.contact_geoms, b.contact_geoms)
+        for a in things
+        for b in things
+        if a is not b
+    }
+    assert found == by_name
+    assert [pair for pair, touching in found.items() if touching] == [
+        (things[0].name, "alphabet_soup_1"),
+        ("alphabet_soup_1", things[0].name),
+    ]
+
+
 def test_goal_ends_the_chunk(env: LiberoEnv) -> None:
     env.reset(seed=0)
     env.sim.data.set_joint_qpos("alphabet_soup_1_joint0", in_basket(env))
@@ -320,6 +340,30 @@ def test_several_simulators_share_a_process(env: LiberoEnv) -> None:
     others[0].step(np.zeros(7))
     others[0].close()
     assert same(env.observe(), expected)
+
+
+def test_renderer_cannot_change_under_way(env: LiberoEnv) -> None:
+    other = {"osmesa": "egl", "egl": "osmesa"}[os.environ["MUJOCO_GL"]]
+    with pytest.raises(RuntimeError, match=f"needs PyOpenGL on {other}.*set MUJOCO_GL={other}"):
+        make(*OBJECT_TASK, renderer=other)
+
+
+@pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="no EGL library on this machine")
+def test_egl_draws() -> None:
+    program = (
+        "import mujoco\n"  # imported first, as a user's own script may
+        "from configs.schema import EnvironmentPart\n"
+        "from envs.libero import LiberoEnv\n"
+        "part = EnvironmentPart(settle_steps=0, renderer='egl')\n"
+        "env = LiberoEnv(suite='libero_object', task_id=0, environment=part)\n"
+        "picture = env.reset(seed=0)[0]['agentview']\n"
+        "assert picture.std() > 20, picture.std()\n"
+        "env.close()\n"
+    )
+    environ = {
+        name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+    }
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environ, check=True, timeout=200)
 
 
 def test_memory_does_not_grow_over_resets() -> None:
