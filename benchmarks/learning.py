@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning [--seeds 0,1,2] [--arms sft,dpo-lora,dpo-dora] [--recipe configs/libero_object.yaml]
 
-Every run is `launch.py train` on the recipe with the overrides below; a run that has finished is not run again, so the
-benchmark can be stopped and continued. It writes every held-out episode to docs/results/learning.jsonl and the
-table to docs/results/learning.md.
+Every run is `launch.py train` on the recipe with the overrides below. It writes every held-out episode to
+docs/results/learning.jsonl and the table to docs/results/learning.md. What is in that file, or has finished under runs/,
+is not run again, so the benchmark can be stopped and continued; remove the file to measure everything anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import typer
 
 from benchmarks.fingerprint import software_fingerprint
 from envs.significance import mcnemar, paired_difference, wilson
-from trajectories.journal import read_journal
+from trajectories.journal import Journal, read_journal
 
 START = "start"
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -69,29 +69,37 @@ def last_version(folder: Path) -> int:
     return promoted[-1] if promoted else 0
 
 
-def records(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Every raw outcome of every finished run: arm, training seed and the episode itself."""
-    rows = []
+def rows_of(folder: Path, arm: str, seed: int) -> list[dict[str, Any]]:
+    """Every raw held-out outcome of the version a finished run ended with."""
+    return [
+        {
+            "arm": arm,
+            "training_seed": seed,
+            "suite": e["suite"],
+            "task": e["task_id"],
+            "init_state": e["init_state"],
+            "sampling_seed": e["seed"],
+            "success": e["success"],
+            "policy_version": e["policy_version"],
+            "policy_hash": e["policy_hash"],
+        }
+        for e in held_out(folder, last_version(folder))
+    ]
+
+
+def measure(recipe: Path, arms: Sequence[str], seeds: Sequence[int], file: Path, root: Path) -> None:
+    """Run what `file` does not hold yet, seed by seed, and add each run's outcomes to it as it finishes."""
+    journal = Journal(file, fsync=True)
+    held = {(row["arm"], row["training_seed"]) for row in read_journal(file)}
     for seed in seeds:
-        for arm in (START, *arms):
-            folder = root / run_name(arm, seed)
-            if not (folder / "result.json").is_file():
-                continue
-            rows += [
-                {
-                    "arm": arm,
-                    "training_seed": seed,
-                    "suite": e["suite"],
-                    "task": e["task_id"],
-                    "init_state": e["init_state"],
-                    "sampling_seed": e["seed"],
-                    "success": e["success"],
-                    "policy_version": e["policy_version"],
-                    "policy_hash": e["policy_hash"],
-                }
-                for e in held_out(folder, last_version(folder))
-            ]
-    return rows
+        missing = [arm for arm in arms if (arm, seed) not in held]
+        if missing or (START, seed) not in held:
+            run_arm(recipe, START, seed, root)
+        if (START, seed) not in held:
+            journal.extend(rows_of(root / run_name(START, seed), START, seed))
+        for arm in missing:
+            run_arm(recipe, arm, seed, root)
+            journal.extend(rows_of(root / run_name(arm, seed), arm, seed))
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]], arm: str, seed: int) -> Outcomes:
@@ -165,13 +173,11 @@ def main(
     unknown = [arm for arm in chosen if arm not in ARMS]
     if unknown:
         raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
-    if not report_only:
-        for seed in numbers:
-            for arm in (START, *chosen):
-                run_arm(recipe, arm, seed, root)
-    rows = records(root, chosen, numbers)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "learning.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = output / "learning.jsonl"
+    if not report_only:
+        measure(recipe, chosen, numbers, file, root)
+    rows = read_journal(file)
     text = table(rows, chosen, numbers)
     stack = json.dumps(software_fingerprint())
     (output / "learning.md").write_text(f"{text}\nSoftware: `{stack}`\n")

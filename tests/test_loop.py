@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,8 @@ import psutil
 import pytest
 
 from actors.pipeline import train
-from configs.loader import load_recipe
+from actors.verbs import evaluate_run
+from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
@@ -141,3 +143,17 @@ def test_a_run_of_the_same_name_moves_the_earlier_one_aside(tiny: Recipe, tmp_pa
     train(recipe)
     assert json.loads((tmp_path / "twice~1" / "result.json").read_text()) == first
     assert load_recipe(tmp_path / "twice" / "recipe.yaml") == recipe
+
+
+def test_a_finished_run_can_be_evaluated_again(trained_run: Path, tmp_path: Path) -> None:
+    """The same weights on the same cells give the same outcomes: what was trained is what was saved."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained_run, copy)
+    again = evaluate_run(copy, version=0, manifest="held-out")
+    first = [e for e in episodes(trained_run, "evaluation") if e["policy_version"] == 0]
+    second = episodes(copy, "evaluation-held-out")
+    assert again["episodes"] == len(first) == len(second)
+    assert again["hash"] == first[0]["policy_hash"]
+    assert {cell_of(e): e["success"] for e in first} == {cell_of(e): e["success"] for e in second}
+    with pytest.raises(RecipeError, match="holds no version 99"):
+        evaluate_run(copy, version=99, manifest="held-out")
