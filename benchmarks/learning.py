@@ -3,8 +3,8 @@
     python -m benchmarks.learning [--seeds 0,1,2] [--arms sft,dpo-lora,dpo-dora] [--recipe configs/libero_object.yaml]
 
 Every run is `launch.py train` on the recipe with the overrides below. It writes every held-out episode to
-docs/results/learning.jsonl and the table to docs/results/learning.md. What is in that file, or has finished under runs/,
-is not run again, so the benchmark can be stopped and continued; remove the file to measure everything anew.
+docs/results/learning.jsonl and the table to docs/results/learning.md. What is in that file, or has finished under
+runs/, is not run again, so the benchmark can be stopped and continued; remove both to measure everything anew.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trajectories.journal import Journal, read_journal
 START = "start"
 ARMS: Mapping[str, tuple[str, ...]] = {
     "sft": ("preference.preference_weight=0", "preference.anchor_weight=0"),
-    "dpo-lora": ("adapter.method=lora",),
     "dpo-dora": ("adapter.method=dora",),
+    "dpo-lora": ("adapter.method=lora",),
 }
 """What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone."""
 
