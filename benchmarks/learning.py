@@ -24,12 +24,20 @@ from envs.significance import mcnemar, paired_difference, wilson
 from trajectories.journal import Journal, read_journal
 
 START = "start"
-ARMS: Mapping[str, tuple[str, ...]] = {
+ARMS: dict[str, tuple[str, ...]] = {
     "sft": ("preference.preference_weight=0", "preference.anchor_weight=0"),
     "dpo-dora": ("adapter.method=dora",),
     "dpo-lora": ("adapter.method=lora",),
 }
 """What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone."""
+
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "dora-pairs-alone": ("preference.success_weight=0", "preference.demo_weight=0.1"),
+    "dora-lr-5e-4": ("preference.lr=5e-4",),
+    "dora-floor-2": ("preference.rejected_floor=2",),
+    "dora-beta-0.1": ("preference.beta=0.1",),
+}
+"""Further arms, run when named: what each part of the method is worth."""
 
 Outcomes = dict[tuple[int, int, int], bool]
 """(task, initial state, sampling seed) -> success."""
@@ -49,7 +57,7 @@ def run_arm(recipe: Path, arm: str, seed: int, root: Path) -> None:
     if arm == START:
         command.append("rollouts.rounds=0")
     else:
-        command += [f"start={root / run_name(START, seed)}", *ARMS[arm]]
+        command += [f"start={root / run_name(START, seed)}", *(ARMS | ABLATIONS)[arm]]
     typer.echo(" ".join(command))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -170,9 +178,9 @@ def main(
 ) -> None:
     root = Path("runs")
     chosen, numbers = arms.split(","), [int(s) for s in seeds.split(",")]
-    unknown = [arm for arm in chosen if arm not in ARMS]
+    unknown = [arm for arm in chosen if arm not in ARMS | ABLATIONS]
     if unknown:
-        raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
+        raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS | ABLATIONS)}")
     output.mkdir(parents=True, exist_ok=True)
     file = output / "learning.jsonl"
     if not report_only:
