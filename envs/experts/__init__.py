@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from envs.experts.articulated import OpenDrawer, TurnKnob
 from envs.experts.grasps import box_grasp, rim_grasp
 from envs.experts.pick_place import PickPlace
 from envs.experts.places import in_basket, on_object, on_site
@@ -16,7 +17,7 @@ from envs.libero import LiberoEnv
 EXPERT_TASKS: dict[str, tuple[int, ...]] = {
     "libero_object": tuple(range(10)),
     "libero_spatial": tuple(range(10)),
-    "libero_goal": (1, 2, 4, 6, 8, 9),
+    "libero_goal": (0, 1, 2, 4, 6, 7, 8, 9),
 }
 """Tasks that have an expert, by suite."""
 
@@ -50,6 +51,12 @@ def expert_for(env: LiberoEnv) -> Expert:
 
 def _make(env: LiberoEnv) -> Expert:
     (goal,) = env.domain.parsed_problem["goal_state"]
+    if goal[0] == "open":
+        (joint,) = env.domain.object_sites_dict[goal[1]].joints
+        return OpenDrawer(joint)
+    if goal[0] == "turnon":
+        (joint,) = env.domain.get_object(goal[1]).joints
+        return TurnKnob(joint)
     predicate, item, target = goal
     grasp = rim_grasp if "bowl" in item else box_grasp
     if predicate == "in":

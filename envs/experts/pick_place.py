@@ -67,11 +67,11 @@ class PickPlace:
                 rotation=palm_down(gripper, nearest_yaw(gripper, 0.0), gripper.position),
                 grip=OPEN,
             )
-        return _reach(scene, self._item, gripper, self._grasp(scene, self._item))
+        return reach(scene, gripper, self._grasp(scene, self._item), ignoring=self._item)
 
 
-def _reach(scene: Scene, item: str, gripper: Gripper, grasp: Grasp) -> np.ndarray:
-    """Towards the grasp: over it first, then down, then close."""
+def reach(scene: Scene, gripper: Gripper, grasp: Grasp, *, ignoring: str) -> np.ndarray:
+    """Towards the grasp: over it first, then down, then close; over all but `ignoring` that is in the way."""
     yaw = nearest_yaw(gripper, grasp.yaw)
     rotation = palm_down(gripper, yaw, grasp.position)
     offset = grasp.position - gripper.position
@@ -80,7 +80,7 @@ def _reach(scene: Scene, item: str, gripper: Gripper, grasp: Grasp) -> np.ndarra
     if misaligned < 0.012 and abs(offset[2]) < 0.012 and not missed:
         return move(gripper, offset, rotation=rotation, grip=CLOSE)
     open_enough = gripper.opening > min(grasp.width + 0.015, 0.95 * GRIPPER_SPAN)
-    ceiling = scene.ceiling(gripper.position[:2], grasp.position[:2], ignoring=item, width=0.07)
+    ceiling = scene.ceiling(gripper.position[:2], grasp.position[:2], ignoring=ignoring, width=0.07)
     hover = max(HOVER, ceiling + 0.025 - grasp.position[2])
     offset[2] += min(hover, 4.0 * max(0.0, misaligned - 0.006)) if open_enough else HOVER
     freedom = _freedom(offset[2])

@@ -52,6 +52,20 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A moving part of a fixture: a drawer, a knob. World frame."""
+
+    position: float
+    """Of its joint, metres or radians."""
+    axis: np.ndarray
+    """float64 [3], the direction it slides along, or turns about, as `position` grows."""
+    anchor: np.ndarray
+    """float64 [3], a point that a turning part turns about."""
+    geoms: tuple[Block, ...]
+    """The boxes it is made of; the origin of each is its centre."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gripper:
     """The hand. World frame, metres."""
 
@@ -218,9 +232,29 @@ class Scene:
             np.array(self._sim.data.site_xmat[index]).reshape(3, 3),
         )
 
-    def joint(self, name: str) -> float:
-        """Position of the one-degree joint `name`, metres or radians."""
-        return float(self._sim.data.qpos[self._sim.model.get_joint_qpos_addr(name)])
+    def part(self, joint: str) -> Part:
+        """The part of a fixture that moves with the one-degree joint `joint`."""
+        model, data = self._sim.model, self._sim.data
+        index = model.joint_name2id(joint)
+        geoms = self._geoms_of_body(model.jnt_bodyid[index])
+        return Part(
+            position=float(data.qpos[model.jnt_qposadr[index]]),
+            axis=np.array(data.xaxis[index]),
+            anchor=np.array(data.xanchor[index]),
+            geoms=tuple(
+                Block(origin=center, center=center, axes=axes, half=half)
+                for center, axes, half in zip(*self._boxes_of(geoms), strict=True)
+            ),
+        )
+
+    def holds_part(self, joint: str) -> bool:
+        """Whether both fingers touch the part that moves with `joint`."""
+        body = self._sim.model.jnt_bodyid[self._sim.model.joint_name2id(joint)]
+        touched = self._touching(set(self._geoms_of_body(body)))
+        return all(touched & finger for finger in self._fingers)
+
+    def _geoms_of_body(self, body: int) -> list[int]:
+        return [g for g in self._fixture_geoms if self._sim.model.geom_bodyid[g] == body]
 
 
 def _upright(center: np.ndarray, axes: np.ndarray, half: np.ndarray) -> Obstacles:

@@ -22,8 +22,9 @@ TURN_GAIN = np.array([0.6, 0.6, 1.0])
 position and orientation as if they were independent, and with the arm stretched out they disturb each other."""
 WRIST_HEIGHT, WRIST_SETBACK = 0.204, 0.088
 """From the grip site of an upright hand up, and back, to the Panda's sixth joint, metres."""
-COMFORTABLE_REACH = 0.63
-"""From the second joint to the sixth, metres; at 0.70 the elbow is straight and the arm stops short."""
+FAR_REACH, NEAR_REACH = 0.63, 0.33
+"""Comfortable distances from the second joint to the sixth, metres: at 0.70 the elbow is straight, below 0.25 or so it
+is folded up, and the arm stops short."""
 MAX_LEAN = 0.6
 OPEN, CLOSE = -1.0, 1.0
 
@@ -34,14 +35,16 @@ DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 def palm_down(gripper: Gripper, yaw: float, at: np.ndarray) -> np.ndarray:
     """Rotation [3, 3] of a palm facing down, turned by `yaw` radians about the world's vertical from `DOWN`.
 
-    Where the grip site is to go, `at` [3], may be so far out that an upright hand would need a longer arm: there the
-    palm leans outwards.
+    Where the grip site is to go, `at` [3], may be so far out that an upright hand would need a longer arm, or so near
+    that the elbow would have to fold too tightly: there the palm leans outwards, or inwards.
     """
     outward = at[:2] - gripper.shoulder[:2]
     distance = float(np.hypot(*outward))
     height = at[2] + WRIST_HEIGHT - gripper.shoulder[2]
-    comfortable = WRIST_SETBACK + math.sqrt(max(0.0, COMFORTABLE_REACH**2 - height**2))
-    lean = min(MAX_LEAN, max(0.0, distance - comfortable) / WRIST_HEIGHT)
+    far, near = (
+        WRIST_SETBACK + math.sqrt(max(0.0, reach**2 - height**2)) for reach in (FAR_REACH, NEAR_REACH)
+    )
+    lean = float(np.clip((distance - np.clip(distance, near, far)) / WRIST_HEIGHT, -MAX_LEAN, MAX_LEAN))
     axis = np.array([outward[1], -outward[0], 0.0]) / max(distance, 1e-6)
     return (
         Rotation.from_rotvec(lean * axis).as_matrix()
@@ -53,16 +56,17 @@ def palm_down(gripper: Gripper, yaw: float, at: np.ndarray) -> np.ndarray:
 def nearest_yaw(gripper: Gripper, yaw: float, *, share: float = 1.0) -> float:
     """`yaw` or a half turn away from it (the same grasp), whichever the gripper is nearer to; or only `share` of the
     way there. Radians."""
-    now = _yaw(gripper)
+    now = heading(gripper)
     return now + share * (math.pi / 2 - (math.pi / 2 - (yaw - now)) % math.pi)
 
 
 def turn_left(gripper: Gripper, yaw: float) -> float:
     """Angle from the gripper's heading to `yaw`, radians, signed."""
-    return yaw - _yaw(gripper)
+    return yaw - heading(gripper)
 
 
-def _yaw(gripper: Gripper) -> float:
+def heading(gripper: Gripper) -> float:
+    """Angle of the fingers' line from the world's y axis, radians, -pi to pi."""
     line = gripper.rotation[:2, 0]
     return math.atan2(-line[0], line[1])
 
