@@ -16,7 +16,7 @@ from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from configs.schema import DemonstrationPart, GuardPart, RolloutPart, TaskPart
 from learners.checkpoint import save_checkpoint
-from trajectories.adapter_codec import adapter_to_tensors
+from policies.adapters import adapter_tensors
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell, Trajectory
 
@@ -234,7 +234,7 @@ def publish(
     """Publish weights under a new version, keep the adapter on disk, and tell the store the hash to expect."""
     version, content_hash = crew.server.publish(adapter, keep=keep)
     if adapter is not None:
-        tensors, metadata = adapter_to_tensors(adapter)
+        tensors, metadata = adapter_tensors(adapter)
         save_checkpoint(folder.checkpoints, f"v{version:04d}", tensors, {**metadata, "hash": content_hash})
     ray.get(crew.store.register_version.remote(version, content_hash))
     folder.metric("published", version=version, hash=content_hash)

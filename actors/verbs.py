@@ -15,7 +15,7 @@ from configs.schema import Recipe
 from envs.assets import resolve_assets
 from envs.protocol import held_out_cells, published_cells, wilson
 from learners.checkpoint import load_checkpoint
-from trajectories.adapter_codec import adapter_from_tensors
+from policies.adapters import adapter_from_tensors
 from trajectories.codec import save_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights

@@ -60,17 +60,6 @@ def concatenate(batches: Sequence[DecisionBatch]) -> DecisionBatch:
     )
 
 
-def shift_images(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Move each image uint8 [B, H, W, 3] by up to `pixels` rows and columns, edges repeated (DrQ, arXiv
-    2004.13649, section 3.1)."""
-    count, height, width, _ = images.shape
-    shifts = torch.randint(-pixels, pixels + 1, (2, count, 1), generator=generator).to(images.device)
-    rows = (torch.arange(height, device=images.device) + shifts[0]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + shifts[1]).clamp(0, width - 1)
-    index = torch.arange(count, device=images.device)
-    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     batch: DecisionBatch

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from configs.schema import SupervisedPart
-from learners.decisions import concatenate, shift_images, stack, take
+from learners.decisions import concatenate, stack, take
 from policies.protocol import Policy
+from policies.vision import shift_images
 from trajectories.records import Trajectory
 
 

@@ -18,7 +18,7 @@ from configs.schema import (
     SupervisedPart,
     VisionPart,
 )
-from learners.decisions import DecisionPool, shift_images
+from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire
 from learners.supervised import SupervisedLearner, schedule
@@ -449,13 +449,3 @@ def test_supervised_training_without_demonstrations_is_refused() -> None:
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     shares = [schedule(step, warmup=4, total=12) for step in (0, 3, 4, 8, 11)]
     assert shares == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0380602], abs=1e-6)
-
-
-def test_shifted_images_repeat_their_edges() -> None:
-    images = torch.arange(9, dtype=torch.uint8).reshape(1, 3, 3, 1).expand(40, 3, 3, 3)
-    shifted = shift_images(images, 1, torch.Generator().manual_seed(0))[..., 0]
-    assert shifted.dtype == torch.uint8
-    views = {tuple(view.flatten().tolist()) for view in shifted}
-    assert len(views) == 9
-    assert (0, 1, 2, 3, 4, 5, 6, 7, 8) in views
-    assert (4, 5, 5, 7, 8, 8, 7, 8, 8) in views
