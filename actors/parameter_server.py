@@ -7,6 +7,7 @@ bytes. Nothing is pushed: policy actors pull a version when a request first name
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,11 +85,17 @@ ParameterShard = ray.remote(ShardServer)
 
 
 class ParameterServer:
-    """The driver's handle on all shards: publishes versions that only rise, and keeps those still in use."""
+    """The driver's handle on all shards: publishes versions that only rise, and keeps those still in use.
+
+    `names` are what a policy actor finds the shards by: a handle among the arguments it was created with would keep
+    Ray from restarting it once those arguments are gone.
+    """
 
     def __init__(self, *, start_checkpoint: str, num_shards: int) -> None:
+        run = uuid.uuid4().hex[:8]
+        self.names = [f"parameter-shard-{run}-{i}" for i in range(num_shards)]
         self.shards: list[Any] = [
-            ParameterShard.options(num_cpus=0).remote(
+            ParameterShard.options(num_cpus=0, name=self.names[i]).remote(
                 start_checkpoint=start_checkpoint, index=i, num_shards=num_shards
             )
             for i in range(num_shards)

@@ -150,7 +150,7 @@ class Crew:
                 num_gpus=part.gpus_per_actor,
                 max_restarts=-1,
                 max_concurrency=1000,
-            ).remote(policy=policy, serving=part, image_size=image_size, shards=self.server.shards)
+            ).remote(policy=policy, serving=part, image_size=image_size, shards=self.server.names)
             for _ in range(part.actors)
         ]
         self._others += [*self.server.shards, *self.policies]

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 import torch
@@ -45,7 +44,7 @@ class PolicyServer:
     """Coalesces requests into batches of at most `max_batch`, none waiting longer than `max_wait_ms`."""
 
     def __init__(
-        self, *, policy: PolicyPart, serving: ServingPart, image_size: int, shards: Sequence[Any]
+        self, *, policy: PolicyPart, serving: ServingPart, image_size: int, shards: Sequence[str]
     ) -> None:
         torch.set_num_threads(serving.threads)
         self._part = policy
@@ -139,7 +138,7 @@ class PolicyServer:
         else:
             dropped, (policy, _) = self._held.popitem(last=False)
             log.info("version %d makes room for version %d", dropped, version)
-        snapshot = pull_snapshot(self._shards, version)
+        snapshot = pull_snapshot([ray.get_actor(name) for name in self._shards], version)
         policy.load(snapshot)
         # Hash what is served, not what was sent: a copy that went wrong shows here.
         content_hash = weights_hash(state_tensors(policy.module))
