@@ -69,9 +69,9 @@ format: setup  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: setup  ## every benchmark script: a table each, and a JSON file with what it ran on
-	@for script in $$(grep -l __main__ benchmarks/*.py); do \
-		name=$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
+benchmarks: setup  ## the speed benchmarks, a table each (benchmarks.learning takes hours and is run by hand)
+	@for name in rollouts serving learner broadcast; do \
+		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
