@@ -85,15 +85,15 @@ def drive(
 
     with progress_bar(f"{phase} v{version}", len(cells)) as bar:
         for record, trajectory in crew.fleet.run(cells, launch):
-            if keep:
+            if (
+                keep and record["policy_hash"]
+            ):  # an episode that failed before its first decision has nothing to keep
                 ray.get(crew.store.add.remote(trajectory))
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
             if record["outcome"] == "fault":
                 out.faults += 1
-                folder.event(
-                    {"event": "quarantined", "cell": record["trajectory_id"], "reason": record["fault"]}
-                )
+                folder.event({"event": "quarantined", "cell": _cell(record).key, "reason": record["fault"]})
             else:
                 out.success[_cell(record)] = record["success"]
             bar.advance(f"success {100 * out.rate:.0f} %")

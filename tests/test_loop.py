@@ -12,15 +12,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import ray
 
 from actors.pipeline import train
+from actors.placement import connect
+from actors.rollout import RolloutActor
 from actors.verbs import evaluate_run
 from configs.loader import RecipeError, load_recipe
-from configs.schema import Recipe
+from configs.schema import EnvironmentPart, Recipe
+from envs.assets import resolve_assets
 from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
+from trajectories.records import ActionSample, Cell, Observation
 
 pytestmark = [pytest.mark.ray, pytest.mark.libero]
 
@@ -157,3 +163,44 @@ def test_a_finished_run_can_be_evaluated_again(trained_run: Path, tmp_path: Path
     assert {cell_of(e): e["success"] for e in first} == {cell_of(e): e["success"] for e in second}
     with pytest.raises(RecipeError, match="holds no version 99"):
         evaluate_run(copy, version=99, manifest="held-out")
+
+
+@ray.remote(num_cpus=0.1)
+class Poisoned:
+    """A policy gone wrong: its second answer holds a NaN, or one action too few dimensions."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._answers = 0
+
+    async def act(self, observation: Observation, **_: Any) -> tuple[ActionSample, str]:
+        self._answers += 1
+        actions = np.zeros((8, 7), np.float32)
+        if self._answers == 2 and self._kind == "nan":
+            actions[3, 6] = np.nan
+        if self._answers == 2 and self._kind == "short":
+            actions = actions[:, :6]
+        chunk = np.zeros(56, np.int64)
+        return ActionSample(actions=actions, model_chunk=chunk, logps=np.zeros(56, np.float32)), "hash"
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("nan", "nan in dimension 6"), ("short", "shape (8, 6)")])
+def test_a_bad_action_quarantines_the_episode_and_nothing_else(kind: str, reason: str) -> None:
+    connect()
+    environment = EnvironmentPart(image_size=32, geometry="collision", max_steps=24)
+    rollouts = RolloutActor.options(num_cpus=0.1).remote(
+        environment=environment, assets=resolve_assets(None), num_envs=1
+    )
+    cell = Cell(suite="libero_object", task_id=0, init_state=0, seed=0)
+    policies = [Poisoned.remote(kind)]
+    outcomes = []
+    for _ in range(2):
+        record, _ = rollouts.rollout.options(num_returns=2).remote(
+            cell, policies=policies, version=0, temperature=0.0
+        )
+        outcomes.append(ray.get(record))
+    assert outcomes[0]["outcome"] == "fault"
+    assert reason in outcomes[0]["fault"]
+    assert outcomes[0]["env_steps"] == 8
+    assert (outcomes[1]["outcome"], outcomes[1]["env_steps"]) == ("timeout", 24)
+    ray.kill(rollouts)
