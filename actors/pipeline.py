@@ -245,7 +245,7 @@ def summarize(
         "success_after": round(after.rate, 4),
         "wilson_before": [round(x, 4) for x in wilson(sum(before.success.values()), len(before.success))],
         "wilson_after": [round(x, 4) for x in wilson(sum(after.success.values()), len(after.success))],
-        "mcnemar_p": round(test.p_value, 6),
+        "mcnemar_p": float(f"{test.p_value:.3g}"),
         "env_steps_per_s": driven,
         "wall_s": round(wall_s, 1),
     }
