@@ -76,11 +76,6 @@ class SoftReset:
         self._domain = domain
         self._model = domain.sim.model._model
         self._pristine = {name: getattr(self._model, name).copy() for name in _MUTABLE_MODEL_ARRAYS}
-        objects = [*domain.objects_dict.values(), *domain.fixtures_dict.values()]
-        self._visible_sites = [
-            (thing.object_properties["vis_site_names"], dict(thing.object_properties["vis_site_names"]))
-            for thing in objects
-        ]
 
     def __call__(self, seed: int, init_state: np.ndarray) -> None:
         """Reset, with the fixtures placed by `seed`, to `init_state` (float64 [1 + nq + nv]).
@@ -91,9 +86,6 @@ class SoftReset:
         domain, sim = self._domain, self._domain.sim
         for name, array in self._pristine.items():
             np.copyto(getattr(self._model, name), array)
-        for current, original in self._visible_sites:
-            current.clear()
-            current.update(original)
         gripper = domain.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)
         with numpy_seeded(seed):
