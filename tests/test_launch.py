@@ -133,7 +133,7 @@ def test_a_job_is_submitted_with_a_token(
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "job" / "result.json").read_text())
-    assert result["held_out_episodes"] == 2
+    assert result["held_out_episodes"] == 4  # two states, two sampling seeds
 
 
 def _free_port() -> int:
