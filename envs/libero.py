@@ -91,14 +91,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         )
         self._soft_reset = SoftReset(self.domain)
         self._control = ControlLoop(self.domain)
-        side = environment.image_size
-        self.observation_space: gymnasium.Space[Any] = gymnasium.spaces.Dict(
-            {
-                "agentview": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8),
-                "wrist": gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8),
-                "proprio": gymnasium.spaces.Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32),
-            }
-        )
+        self.observation_space: gymnasium.Space[Any] = _observation_space(environment.image_size)
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
         self._proprio = [(live.copy(), live) for live in self._proprio_views()]
         self._warnings = self.sim.data._data.warning
@@ -229,6 +222,12 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < count:
             raise ValueError(f"init_state={index!r} is out of range; expected an integer in 0..{count - 1}")
         return int(index)
+
+
+def _observation_space(side: int) -> gymnasium.spaces.Dict:
+    image = gymnasium.spaces.Box(0, 255, (side, side, 3), np.uint8)
+    proprio = gymnasium.spaces.Box(-np.inf, np.inf, (PROPRIO_DIM,), np.float32)
+    return gymnasium.spaces.Dict({"agentview": image, "wrist": image, "proprio": proprio})
 
 
 def axis_angle(quaternion_wxyz: np.ndarray) -> np.ndarray:

@@ -16,20 +16,13 @@ from typing import Literal
 
 import yaml
 
-from envs.assets import ResolvedAssets
+from envs.assets import ResolvedAssets, cache_folder
 
 logger = logging.getLogger(__name__)
 
 Renderer = Literal["auto", "osmesa", "egl"]
 
 _EGL_PROBE = "import mujoco; c = mujoco.GLContext(16, 16); c.make_current(); c.free()"
-
-
-def cache_folder() -> Path:
-    """Pairloom's own cache: `PAIRLOOM_CACHE`, else `XDG_CACHE_HOME`/pairloom, else ~/.cache/pairloom."""
-    if own := os.environ.get("PAIRLOOM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pairloom"
 
 
 def libero_folder() -> Path:

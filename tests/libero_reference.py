@@ -16,9 +16,8 @@ import numpy as np
 from envs.assets import resolve_assets
 from envs.libero_setup import prepare_libero
 from envs.tasks import init_states, load_task
+from tests.libero_driving import SETTLE, SIDE
 
-SIDE = 48
-SETTLE = 10
 EVERY = 5
 """Steps between compared moments."""
 

@@ -1,4 +1,4 @@
-"""The LIBERO environment: same physics and pictures as LIBERO's own, clean resets, and bad input refused."""
+"""The LIBERO environment: chunks, endings, bad input refused, and several in one process."""
 
 from __future__ import annotations
 
@@ -6,33 +6,21 @@ import ctypes.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium.utils.env_checker
-import mujoco
 import numpy as np
 import pytest
 
-from configs.schema import EnvironmentPart
-from envs.assets import resolve_assets
-from envs.libero import InvalidActionError, LiberoEnv, SimulatorFaultError, axis_angle, to_observation
+from envs.libero import InvalidActionError, LiberoEnv, to_observation
 from envs.tasks import init_states, load_task
-from tests.libero_reference import EVERY, SETTLE, SIDE
+from tests.libero_driving import OBJECT_TASK, SIDE, full_state, grasp_actions, make, random_actions, same
 
 pytestmark = pytest.mark.libero
 
 ROOT = Path(__file__).parents[1]
-OBJECT_TASK = ("libero_object", 0)
-GOAL_TASK = ("libero_goal", 7)
-
-
-def make(suite: str, task_id: int, **environment: Any) -> LiberoEnv:
-    settings = {"image_size": SIDE, "settle_steps": SETTLE} | environment
-    return LiberoEnv(
-        suite=suite, task_id=task_id, environment=EnvironmentPart(**settings), assets=resolve_assets(None)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -43,156 +31,11 @@ def env() -> Iterator[LiberoEnv]:
     built.close()
 
 
-@pytest.fixture(scope="module")
-def goal_env() -> Iterator[LiberoEnv]:
-    """One libero_goal simulator (drawers and a stove), shared: every test resets it."""
-    built = make(*GOAL_TASK)
-    yield built
-    built.close()
-
-
-def full_state(env: LiberoEnv) -> np.ndarray:
-    """Everything that decides the simulator's future: positions, velocities, controls, solver warm start."""
-    model, data = env.sim.model._model, env.sim.data._data
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(model, kind))
-    mujoco.mj_getState(model, data, state, kind)
-    return state
-
-
-def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
-    return first.keys() == second.keys() and all((first[key] == second[key]).all() for key in first)
-
-
-def random_actions(seed: int, count: int) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-1, 1, (count, 7))
-
-
-def grasp_actions(env: LiberoEnv, thing: str) -> np.ndarray:
-    """Drive the gripper over `thing`, down, closed and up by proportional control; returns what was executed."""
-    body = env.domain.obj_body_id[thing]
-    site = env.domain.robots[0].eef_site_id
-    executed = []
-    for height, grip, steps in ((0.12, -1, 25), (0.0, -1, 25), (0.0, 1, 10), (0.25, 1, 20)):
-        target = env.sim.data.body_xpos[body] + [0, 0, height]
-        for _ in range(steps):
-            action = np.zeros(7)
-            action[:3] = np.clip((target - env.sim.data.site_xpos[site]) / 0.05, -1, 1)
-            action[6] = grip
-            env.advance(action[None])
-            executed.append(action)
-    return np.array(executed)
-
-
 def test_gymnasium_checker_passes(env: LiberoEnv) -> None:
     gymnasium.utils.env_checker.check_env(env, skip_render_check=True)
     assert env.observation_space["agentview"].shape == (SIDE, SIDE, 3)
     assert env.observation_space["proprio"].shape == (8,)
     assert env.action_space.shape == (7,)
-
-
-def test_episode_equals_libero_bit_for_bit(tmp_path: Path, env: LiberoEnv, goal_env: LiberoEnv) -> None:
-    """Physics, proprioception and pictures, against OffScreenRenderEnv with hard resets: 100 random
-    actions on three tasks, and a grasp that lifts the object."""
-    env.reset(seed=3, options={"init_state": 4})
-    height = env.sim.data.body_xpos[env.domain.obj_body_id["alphabet_soup_1"]][2]
-    grasp = grasp_actions(env, "alphabet_soup_1")
-    assert env.sim.data.body_xpos[env.domain.obj_body_id["alphabet_soup_1"]][2] > height + 0.1
-    stove_env = make("libero_10", 2)
-    cases = {
-        "object": (env, [3, 3], [4, 9], random_actions(0, 100)),
-        "grasp": (env, [3], [4], grasp),
-        "goal": (goal_env, [5], [20], random_actions(1, 100)),
-        "stove": (stove_env, [1], [7], random_actions(2, 100)),
-    }
-    given: dict[str, Any] = {"cases": np.array(list(cases))}
-    for name, (ours, seeds, indices, actions) in cases.items():
-        given[f"{name}/task"] = f"{ours.task.suite}:{ours.task.task_id}"
-        given |= {f"{name}/seeds": seeds, f"{name}/init_states": indices, f"{name}/actions": actions}
-    np.savez(tmp_path / "given.npz", **given)
-    command = [sys.executable, "-m", "tests.libero_reference", tmp_path / "given.npz", tmp_path / "out.npz"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=400)
-    out = np.load(tmp_path / "out.npz")
-    for name, (ours, seeds, indices, actions) in cases.items():
-        moment = 0
-        for seed, index in zip(seeds, indices, strict=True):
-            obs, _ = ours.reset(seed=seed, options={"init_state": index})
-            for chunk in [None, *actions.reshape(-1, EVERY, 7)]:
-                if chunk is not None:
-                    obs, *_ = ours.step_chunk(chunk)
-                where = f"{name}, episode from state {index}, moment {moment}"
-                assert (ours.sim.get_state().flatten() == out[f"{name}/state"][moment]).all(), where
-                assert (obs["agentview"] == out[f"{name}/agentview"][moment]).all(), where
-                assert (obs["wrist"] == out[f"{name}/wrist"][moment]).all(), where
-                x, y, z, w = out[f"{name}/proprio"][moment][3:7]
-                expected = out[f"{name}/proprio"][moment]
-                expected = np.concatenate([expected[:3], axis_angle(np.array([w, x, y, z])), expected[7:]])
-                assert (obs["proprio"] == expected.astype(np.float32)).all(), where
-                moment += 1
-    stove_env.close()
-
-
-def disturb(env: LiberoEnv) -> None:
-    """An episode that opens a drawer, lights the stove, throws an object aside and closes the gripper."""
-    env.reset(seed=99, options={"init_state": 11})
-    env.sim.data.set_joint_qpos("wooden_cabinet_1_top_level", -0.15)
-    env.sim.data.set_joint_qpos("flat_stove_1_button", 1.0)
-    env.sim.data.qvel[9:12] = 1.0
-    env.domain.sim.model._model.geom_rgba[3] = 0.25
-    env.step_chunk(np.tile([0.5, -0.5, -1, 0.3, 0, 0.2, 1], (20, 1)))
-    burner = env.sim.model.site_name2id("flat_stove_1_burner")
-    assert env.sim.model.site_rgba[burner][3] > 0, "the stove should be seen burning"
-
-
-def invalid_action(env: LiberoEnv) -> None:
-    env.reset(seed=99, options={"init_state": 11})
-    with pytest.raises(InvalidActionError):
-        env.step(np.full(7, np.nan))
-
-
-def failed_step(env: LiberoEnv) -> None:
-    """The simulator itself is left broken."""
-    env.reset(seed=99, options={"init_state": 11})
-    env.sim.data.qpos[0] = np.nan
-    with pytest.raises(SimulatorFaultError, match=r"put_the_bowl|turn_on_the_stove|diverged"):
-        env.step(np.zeros(7))
-
-
-@pytest.mark.parametrize("before", [disturb, invalid_action, failed_step])
-def test_soft_reset_equals_new_simulator(
-    before: Callable[[LiberoEnv], None], goal_env: LiberoEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # MuJoCo logs its warnings into the working folder
-    before(goal_env)
-    new = make(*GOAL_TASK)
-    try:
-        for used_obs, new_obs in zip(episode(goal_env), episode(new), strict=True):
-            assert same(used_obs, new_obs)
-            assert (full_state(goal_env) == full_state(new)).all()
-        for name in ("body_pos", "body_quat", "site_rgba", "geom_rgba"):
-            used, fresh = (getattr(e.sim.model._model, name) for e in (goal_env, new))
-            assert (used == fresh).all(), name
-    finally:
-        new.close()
-
-
-def episode(env: LiberoEnv) -> Iterator[dict[str, np.ndarray]]:
-    yield env.reset(seed=17, options={"init_state": 2})[0]
-    for chunk in random_actions(8, 12).reshape(3, 4, 7):
-        yield env.step_chunk(chunk)[0]
-
-
-def test_seed_places_fixtures_and_leaves_the_callers_generator_alone(goal_env: LiberoEnv) -> None:
-    cabinet = goal_env.sim.model.body_name2id("wooden_cabinet_1_main")
-    np.random.seed(5)
-    expected = np.random.RandomState(5).rand()
-    goal_env.reset(seed=1)
-    first = goal_env.sim.model.body_pos[cabinet].copy()
-    goal_env.reset(seed=2)
-    assert not (goal_env.sim.model.body_pos[cabinet] == first).all()
-    goal_env.reset(seed=1)
-    assert (goal_env.sim.model.body_pos[cabinet] == first).all()
-    assert np.random.rand() == expected
 
 
 def test_chunk_equals_single_steps(env: LiberoEnv) -> None:
