@@ -22,7 +22,7 @@ from configs.schema import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets
 from envs.demonstrations import demonstrate
 from envs.fingerprint import first_frame_hash
-from envs.libero import InvalidActionError, LiberoEnv, to_observation
+from envs.libero import InvalidActionError, LiberoEnv, SimulatorFaultError, to_observation
 from trajectories.codec import episode_record
 from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
 
@@ -101,8 +101,6 @@ class Rollouts:
             done = False
             while not done:
                 observation = to_observation(frame, env.instruction)
-                if not np.isfinite(observation.proprio).all():
-                    raise EpisodeFault("the simulator's proprioception is not finite")
                 sample, content_hash = await self._ask(
                     policies,
                     observation,
@@ -116,7 +114,7 @@ class Rollouts:
                 done = terminated or truncated
                 if info["success"]:
                     outcome = "success"
-        except (InvalidActionError, EpisodeFault) as error:
+        except (InvalidActionError, SimulatorFaultError, EpisodeFault) as error:
             outcome, fault = "fault", f"{type(error).__name__}: {error}"
             log.warning("episode %s quarantined: %s", cell.key, fault)
         except BaseException:

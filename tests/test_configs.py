@@ -174,7 +174,7 @@ def test_a_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
         ("tasks.task_ids=[[1]]", "`tasks.task_ids` = [[1]]: expected list of whole numbers"),
         ("tasks.held_out_init_states=5..35", "held_out_init_states must not be trained on, but [5, 6, 7"),
         ("tasks.held_out_init_states=[50]", "`tasks`: held_out_init_states must lie in 0..49, got [50]"),
-        ("name=../../etc", '`name` = "../../etc": expected text (run name; outputs go to runs/<name>/)'),
+        ("name=../../etc", '`name` = "../../etc": expected text (run name; outputs go to <root>/<name>/)'),
         ("name=5", "`name` = 5: expected text (run name"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_wrong_override_is_one_line_with_place_value_and_expectation(
             "name: x\ntasks: {task_ids: [1]}\n",
             "`tasks.suite` is missing (one of libero_spatial, libero_object",
         ),
-        ("3: x\n", "unknown key `3`; known keys: name, seed"),
+        ("3: x\n", "unknown key `3`; known keys: name, root"),
         ("? [a]\n: x\n", "not YAML: a key must be a word, line 1"),
     ],
 )

@@ -53,7 +53,7 @@ class Observation:
     proprio: np.ndarray
     """float32 [8]; see PROPRIO_DIM."""
     instruction: str
-    """The task in words, as in the BDDL file."""
+    """The task in words, as LIBERO names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
