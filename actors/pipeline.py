@@ -104,7 +104,7 @@ def synchronous(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -
 def overlapped(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:
     """Collect the next round while the learner works on the last one. Returns the last version in force."""
     good = start
-    driven = collect(recipe, folder, crew, good, 0) if recipe.rollouts.rounds else Outcomes()
+    driven = collect(recipe, folder, crew, good, 0) if recipe.rollouts.rounds else Outcomes(version=0)
     for index in range(recipe.rollouts.rounds):
         update = begin_update(crew, folder, good.version, index)
         last = index + 1 == recipe.rollouts.rounds

@@ -38,6 +38,7 @@ class Version:
 class Outcomes:
     """What a sweep over cells gave."""
 
+    version: int
     success: dict[Cell, bool] = field(default_factory=dict)
     faults: int = 0
     env_steps: int = 0
@@ -75,7 +76,7 @@ def drive(
     keep: bool,
 ) -> Outcomes:
     """Drive cells with a version; with `keep`, every trajectory goes to the store before it is counted."""
-    out = Outcomes()
+    out = Outcomes(version=version)
     started = time.monotonic()
 
     def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
@@ -126,7 +127,7 @@ def take_recorded(
     }
     if not all(cell in found for cell in cells):
         return None
-    out = Outcomes()
+    out = Outcomes(version=0)
     for cell in cells:
         folder.episode("evaluation", -1, found[cell])
         if found[cell]["outcome"] == "fault":
@@ -252,19 +253,26 @@ def trial(
     temperature: float,
     round_index: int,
 ) -> Version:
-    """Let the candidate drive the canary cells, then promote it or roll the learner back to `good`."""
+    """Let the candidate drive the canary cells, then promote it or roll the learner back to `good`.
+
+    Where `good` was promoted after those cells were driven (the overlapped schedule), it drives them too.
+    """
     cells = canary_cells(list(driven.success), part)
-    tried = drive(
-        crew,
-        folder,
-        cells,
-        version=candidate.version,
-        temperature=temperature,
-        phase="canary",
-        round_index=round_index,
-        keep=True,
-    )
-    verdict = judge(driven.success, tried.success, part)
+
+    def sweep(version: int) -> Outcomes:
+        return drive(
+            crew,
+            folder,
+            cells,
+            version=version,
+            temperature=temperature,
+            phase="canary",
+            round_index=round_index,
+            keep=True,
+        )
+
+    before = driven if driven.version == good.version else sweep(good.version)
+    verdict = judge(before.success, sweep(candidate.version).success, part)
     kind = "promoted" if verdict.promoted else "rolled_back"
     folder.event({"event": kind, "round": round_index, "version": candidate.version, **verdict.describe()})
     if verdict.promoted:

@@ -143,6 +143,20 @@ def _titled(process: psutil.Process, title: str) -> bool:
     return any(word.startswith(title) for word in process.info["cmdline"] or ())
 
 
+def test_the_overlapped_schedule_collects_while_it_learns(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = changed(tiny, rollouts={"rounds": 2}).model_copy(
+        update={"name": "overlapped", "root": str(tmp_path), "schedule": "overlapped"}
+    )
+    train(recipe)
+    run = tmp_path / "overlapped"
+    rollouts = episodes(run, "rollout")
+    assert Counter(e["round"] for e in rollouts) == {0: 16, 1: 16}
+    assert {e["policy_version"] for e in rollouts} == {0}  # round 1 did not wait for what round 0 taught
+    decided = [e["version"] for e in read_journal(run / "events.jsonl") if "version" in e]
+    assert decided == sorted(decided)
+    assert json.loads((run / "result.json").read_text())["held_out_episodes"] == 10
+
+
 def test_a_run_of_the_same_name_moves_the_earlier_one_aside(tiny: Recipe, tmp_path: Path) -> None:
     recipe = changed(tiny, rollouts={"rounds": 0}).model_copy(update={"name": "twice", "root": str(tmp_path)})
     first = train(recipe)
