@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from configs.schema import DemonstrationPart, EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import expert_for
-from envs.libero import LiberoEnv, to_observation
-from trajectories.records import ACTION_DIM, ActionSample, Cell, Decision, Observation, Trajectory
+from envs.libero import LiberoEnv, SimulatorFaultError, to_observation
+from trajectories.records import ACTION_DIM, ActionSample, Cell, Decision, Observation, Outcome, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,19 @@ class Push:
     """float64 [6], in action units."""
 
 
+@dataclass(kw_only=True, slots=True)
+class _Run:
+    """An episode as it unfolds."""
+
+    observations: dict[int, Observation] = field(default_factory=dict)
+    """By step, at every `stride`th step without a push."""
+    actions: list[np.ndarray] = field(default_factory=list)
+    pushed: list[bool] = field(default_factory=list)
+    """For each action, whether it was disturbed."""
+    outcome: Outcome = "timeout"
+    fault: str = ""
+
+
 def demonstrate(
     env: LiberoEnv, *, init_state: int, seed: int, noise: float, chunk: int, stride: int = 2
 ) -> Trajectory:
@@ -57,37 +70,23 @@ def demonstrate(
         stride: steps from one decision to the next.
 
     Returns:
-        Decisions with actions = model_chunk = float32 [K, 7] and no log-probabilities. Outcome is success or timeout.
+        Decisions with actions = model_chunk = float32 [K, 7] and no log-probabilities. Outcome is success,
+        timeout, or fault if the physics diverged.
 
     Raises:
         ValueError: the task has no expert, or init_state is out of range.
     """
-    expert = expert_for(env)
-    env.reset(seed=seed, options={"init_state": init_state})
-    expert.reset(env)
-    pushes = _draw_pushes(np.random.default_rng(seed), env.max_steps, noise)
-    observations: dict[int, Observation] = {}
-    actions: list[np.ndarray] = []
-    success = truncated = False
-    while not (success or truncated):
-        step = len(actions)
-        push = next((p for p in pushes if p.start <= step < p.start + p.steps), None)
-        if step % stride == 0 and not any(
-            p.start < step + chunk and step < p.start + p.steps for p in pushes
-        ):
-            observations[step] = to_observation(env.observe(), env.instruction)
-        action = expert.act(env)
-        if push is not None and not _closing(env, action):
-            action = np.clip(action + np.append(push.delta, 0.0), -1.0, 1.0).astype(np.float32)
-        success, truncated, _ = env.advance(action[None])
-        actions.append(action)
+    run = _run(env, init_state=init_state, seed=seed, noise=noise, stride=stride)
     return Trajectory(
         cell=Cell(suite=env.task.suite, task_id=env.task.task_id, init_state=init_state, seed=seed),
         decisions=tuple(
-            _decision(obs, actions[step : step + chunk], chunk) for step, obs in observations.items()
+            _decision(observation, run.actions[step : step + chunk], chunk)
+            for step, observation in run.observations.items()
+            if not any(run.pushed[step : step + chunk])
         ),
-        outcome="success" if success else "timeout",
-        env_steps=len(actions),
+        outcome=run.outcome,
+        fault=run.fault,
+        env_steps=len(run.actions),
         policy_version=EXPERT_VERSION,
         policy_hash=EXPERT_HASH,
     )
@@ -157,8 +156,37 @@ def demonstrate_task(
     return found
 
 
+def _run(env: LiberoEnv, *, init_state: int, seed: int, noise: float, stride: int) -> _Run:
+    """Drive the expert, disturbed by pushes, to the end of the episode; look at every `stride`th step."""
+    expert = expert_for(env)
+    env.reset(seed=seed, options={"init_state": init_state})
+    expert.reset(env)
+    pushes = _draw_pushes(np.random.default_rng(seed), env.max_steps, noise)
+    run = _Run()
+    success = truncated = False
+    while not (success or truncated):
+        step = len(run.actions)
+        action = expert.act(env)
+        push = next((push for push in pushes if push.start <= step < push.start + push.steps), None)
+        if push is not None and not _closing(env, action):
+            action = np.clip(action + np.append(push.delta, 0.0), -1.0, 1.0).astype(np.float32)
+            run.pushed.append(True)
+        else:
+            run.pushed.append(False)
+            if step % stride == 0:
+                run.observations[step] = to_observation(env.observe(), env.instruction)
+        run.actions.append(action)
+        try:
+            success, truncated, _ = env.advance(action[None])
+        except SimulatorFaultError as error:
+            run.outcome, run.fault = "fault", str(error)
+            return run
+    run.outcome = "success" if success else "timeout"
+    return run
+
+
 def _draw_pushes(rng: np.random.Generator, max_steps: int, noise: float) -> list[Push]:
-    """Pushes of a whole episode, drawn beforehand so that no picture is drawn for a decision that one would spoil."""
+    """Pushes of an episode that lasts `max_steps`, at exponentially distributed intervals."""
     pushes: list[Push] = []
     if noise == 0:
         return pushes

@@ -99,7 +99,7 @@ def _knob_grasp(part: Part) -> Grasp:
     point = bar.center + side * (bar.half[along] - 0.012) * bar.axes[:, along]
     line = bar.axes[:2, across]
     return Grasp(
-        position=np.array([*point[:2], bar.top - 0.024]),
+        position=np.array([*point[:2], bar.top - 0.018]),
         yaw=math.atan2(-line[0], line[1]),
         width=2 * float(bar.half[across]),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from envs.experts.places import Place
 from envs.experts.scene import GRIPPER_SPAN, Obstacles, Scene, gaps
 
 PALM_DEPTH = 0.025
@@ -20,6 +21,8 @@ RIM_INSET = 0.006
 """Middle of a bowl's wall, in from its outermost edge."""
 RIM_DEPTH = 0.015
 """How far below the rim the pads close on a bowl's wall."""
+WALL = 0.003
+"""Thickness of a bowl's wall."""
 
 _PARTS = np.array(
     [
@@ -47,7 +50,7 @@ class Grasp:
     """What is between the fingers then."""
 
 
-def box_grasp(scene: Scene, item: str) -> Grasp:
+def box_grasp(scene: Scene, item: str, place: Place) -> Grasp:
     """Across a horizontal side of a box that fits between the fingers, preferably the narrow one, turned or moved
     along the box where a neighbour is in the way."""
     block = scene.block(item)
@@ -64,46 +67,52 @@ def box_grasp(scene: Scene, item: str) -> Grasp:
         along = block.axes[:2, sum(sides) - side]
         room = max(0.0, block.half[sum(sides) - side] - 0.012)
         yaw = _wrap(math.atan2(-line[0], line[1]))
-        rows += [
-            (
-                *(block.center[:2] + along * shift),
-                yaw + turn,
-                width,
-                5 * abs(shift) + abs(turn) + abs(yaw + turn),
-            )
-            for shift in _SHIFTS[np.abs(_SHIFTS) <= room]
-            for turn in _TURNS
-        ]
-    return _best(np.array(rows), height, scene.obstacles(ignoring=item))
+        for shift in _SHIFTS[np.abs(_SHIFTS) <= room]:
+            x, y = block.center[:2] + along * shift
+            for turn in _TURNS:
+                effort = 0.05 * abs(shift) + 0.01 * (abs(turn) + abs(yaw + turn))
+                rows.append((x, y, height, yaw + turn, width, effort))
+    return _best(np.array(rows), scene, item, place)
 
 
-def rim_grasp(scene: Scene, item: str) -> Grasp:
-    """Across the rim of a bowl standing upright, one finger inside: its outermost wall."""
+def rim_grasp(scene: Scene, item: str, place: Place) -> Grasp:
+    """Across the wall of a bowl, one finger inside, where the rim is highest if the bowl is tilted."""
     block = scene.block(item)
     radius = float(min(block.half[:2])) - RIM_INSET
+    middle = block.center + block.axes[:, 2] * (block.half[2] - RIM_DEPTH)
     rows = []
     for angle in np.linspace(-math.pi, math.pi, 24, endpoint=False):
-        outward = np.array([-math.sin(angle), math.cos(angle)])
-        yaw = _wrap(angle)
-        rows.append((*(block.center[:2] + radius * outward), yaw, 0.003, abs(yaw)))
-    return _best(np.array(rows), block.top - RIM_DEPTH, scene.obstacles(ignoring=item))
+        outward = block.axes[:, :2] @ np.array([math.cos(angle), math.sin(angle)])
+        yaw = _wrap(math.atan2(-outward[0], outward[1]))
+        effort = 0.01 * abs(yaw) - radius * outward[2]
+        rows.append((*(middle + radius * outward), yaw, WALL, effort))
+    return _best(np.array(rows), scene, item, place)
 
 
-def _best(rows: np.ndarray, height: float, obstacles: Obstacles) -> Grasp:
-    """Cheapest of `rows` [N, 5] (x, y, yaw, width, effort); a centimetre of contact outweighs any effort."""
-    cost = 0.01 * rows[:, 4] + 10.0 * _penetration(rows[:, :3], height, obstacles)
-    x, y, yaw, width, _ = rows[int(np.argmin(cost))]
-    return Grasp(position=np.array([x, y, height]), yaw=float(yaw), width=float(width))
+def _best(rows: np.ndarray, scene: Scene, item: str, place: Place) -> Grasp:
+    """Cheapest of `rows` [N, 6] (x, y, z, yaw, width, effort).
+
+    A few millimetres of contact, there or over the place to which the object goes, outweigh any effort; near a grasp
+    the hand stays with it.
+    """
+    block, obstacles = scene.block(item), scene.obstacles(ignoring=item)
+    hands = rows[:, :4]
+    later = hands + np.array([*(place.position - block.origin[:2]), place.clear - block.bottom, 0.0])
+    way = np.linalg.norm(rows[:, :2] - scene.gripper().position[:2], axis=1)
+    contact = _penetration(hands, obstacles) + _penetration(later, obstacles)
+    x, y, z, yaw, width, _ = rows[int(np.argmin(rows[:, 5] + 0.3 * way + 10.0 * contact))]
+    return Grasp(position=np.array([x, y, z]), yaw=float(yaw), width=float(width))
 
 
-def _penetration(poses: np.ndarray, height: float, obstacles: Obstacles) -> np.ndarray:
-    """How deep [N] the hand at `poses` [N, 3] (x, y, yaw) would reach into the obstacles and their margins."""
-    line = np.stack([-np.sin(poses[:, 2]), np.cos(poses[:, 2])], axis=1)[:, None, None]
-    across = np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=1)[:, None, None]
+def _penetration(hands: np.ndarray, obstacles: Obstacles) -> np.ndarray:
+    """How deep [N] the open hand at `hands` [N, 4] (x, y, z, yaw) would reach into the obstacles and their margins."""
+    yaw = hands[:, 3]
+    line = np.stack([-np.sin(yaw), np.cos(yaw)], axis=1)[:, None, None]
+    across = np.stack([np.cos(yaw), np.sin(yaw)], axis=1)[:, None, None]
     parts = _PARTS[None, :, None]
-    center = poses[:, None, None, :2] + line * parts[..., 0:1] + across * parts[..., 1:2]
+    center = hands[:, None, None, :2] + line * parts[..., 0:1] + across * parts[..., 1:2]
     gap = gaps((center, line, parts[..., 2:4]), (obstacles.center, obstacles.line, obstacles.half))
-    tall = obstacles.top > height + parts[..., 4]
+    tall = obstacles.top > hands[:, 2, None, None] + parts[..., 4]
     return np.where(tall, np.maximum(0.0, _MARGIN - gap), 0.0).sum(axis=(1, 2))
 
 

@@ -9,34 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from envs.experts.grasps import Grasp
+from envs.experts.places import Place
 from envs.experts.scene import GRIPPER_SPAN, Block, Gripper, Scene, Simulated
-from envs.experts.servo import CLOSE, OPEN, move, nearest_yaw, palm_down, turn_left
+from envs.experts.servo import CLOSE, OPEN, heading, move, nearest_yaw, palm_down, turn_left
 
 HOVER = 0.08
 """Height above the grasp from which the open hand goes straight down, metres."""
-TIP = 0.0095
-"""The fingertips end this far below the grip site, metres."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where to let go."""
-
-    position: np.ndarray
-    """float64 [2], for the object's origin, metres."""
-    release: float
-    """Height of the object's underside at which the fingers open, metres."""
-    clear: float
-    """Height of the object's underside on the way there, metres; >= release."""
-    support: str
-    """What it then lies on or in."""
-    tolerance: float
-    """Horizontal distance from `position` within which to let go, metres."""
 
 
 class PickPlace:
@@ -44,7 +26,7 @@ class PickPlace:
     go."""
 
     def __init__(
-        self, item: str, *, grasp: Callable[[Scene, str], Grasp], place: Callable[[Scene, str], Place]
+        self, item: str, *, grasp: Callable[[Scene, str, Place], Grasp], place: Callable[[Scene, str], Place]
     ) -> None:
         self._item = item
         self._grasp = grasp
@@ -61,13 +43,9 @@ class PickPlace:
         if scene.held(self._item):
             return _carry(scene, self._item, gripper, block, place)
         if math.dist(block.origin[:2], place.position) < place.tolerance + 0.005:
-            return move(
-                gripper,
-                np.zeros(3),
-                rotation=palm_down(gripper, nearest_yaw(gripper, 0.0), gripper.position),
-                grip=OPEN,
-            )
-        return reach(scene, gripper, self._grasp(scene, self._item), ignoring=self._item)
+            rotation = palm_down(gripper, heading(gripper), gripper.position)
+            return move(gripper, np.zeros(3), rotation=rotation, grip=OPEN)
+        return reach(scene, gripper, self._grasp(scene, self._item, place), ignoring=self._item)
 
 
 def reach(scene: Scene, gripper: Gripper, grasp: Grasp, *, ignoring: str) -> np.ndarray:
@@ -103,7 +81,7 @@ def _carry(scene: Scene, item: str, gripper: Gripper, block: Block, place: Place
     down = block.bottom < place.release + 0.008 or scene.touching(item, place.support)
     arrived = distance < place.tolerance and down
     freedom = _freedom(offset[2])
-    rotation = palm_down(gripper, nearest_yaw(gripper, 0.0, share=freedom), gripper.position + goal)
+    rotation = palm_down(gripper, heading(gripper), gripper.position + goal)
     return move(gripper, offset * [freedom, freedom, 1.0], rotation=rotation, grip=OPEN if arrived else CLOSE)
 
 

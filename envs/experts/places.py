@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from envs.experts.pick_place import TIP, Place
-from envs.experts.scene import Scene
+from envs.experts.scene import TIP, Scene
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where to let go."""
+
+    position: np.ndarray
+    """float64 [2], for the object's origin, metres."""
+    release: float
+    """Height of the object's underside at which the fingers open, metres."""
+    clear: float
+    """Height of the object's underside on the way there, metres; >= release."""
+    support: str
+    """What it then lies on or in."""
+    tolerance: float
+    """Horizontal distance from `position` within which to let go, metres."""
 
 
 def in_basket(scene: Scene, item: str, *, basket: str) -> Place:

@@ -9,6 +9,8 @@ import numpy as np
 
 GRIPPER_SPAN = 0.0775
 """Distance between the pads of the fully opened gripper, metres (measured after settling)."""
+TIP = 0.0095
+"""The fingertips end this far below the grip site of an upright hand, metres."""
 
 Rectangle = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Middle, unit vector along the first side, and half lengths along and across it; each [..., 2], metres."""
