@@ -6,7 +6,7 @@ same random numbers. It is rolled back when the exact one-sided McNemar test say
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from configs.schema import GuardPart
@@ -32,32 +32,18 @@ class Verdict:
         return {"cells": self.cells, "before": self.before, "after": self.after, "p_worse": self.p_worse}
 
 
-def canary_cells(driven: Sequence[Cell], part: GuardPart) -> list[Cell]:
-    """Choose cells for a trial from those just driven: whole initial states (so that the canary's episodes can
-    pair), taken from the tasks in turn, until there are `canary_episodes`."""
-    groups: dict[tuple[str, int], dict[int, list[Cell]]] = {}
-    for cell in sorted(driven):
-        groups.setdefault((cell.suite, cell.task_id), {}).setdefault(cell.init_state, []).append(cell)
-    queues = [list(by_state.values()) for by_state in groups.values()]
-    chosen: list[Cell] = []
-    while len(chosen) < part.canary_episodes and any(queues):
-        for queue in queues:
-            if queue and len(chosen) < part.canary_episodes:
-                chosen.extend(queue.pop(0))
-    return chosen
-
-
 def judge(before: Mapping[Cell, bool], after: Mapping[Cell, bool], part: GuardPart) -> Verdict:
-    """Promote the candidate unless it is significantly worse on the cells both have finished.
+    """Promote the candidate unless it is significantly worse on the cells both have driven, or there are none.
 
     Args:
         before: cell -> success of the version in force.
-        after: cell -> success of the candidate.
+        after: cell -> success of the candidate; a fault of the candidate's is a failure.
     """
     shared = sorted(before.keys() & after.keys())
     p_worse = mcnemar_worse({c: before[c] for c in shared}, {c: after[c] for c in shared}) if shared else 1.0
+    untested = part.canary_episodes > 0 and not shared
     return Verdict(
-        promoted=p_worse >= part.canary_significance,
+        promoted=p_worse >= part.canary_significance and not untested,
         cells=len(shared),
         before=sum(before[c] for c in shared),
         after=sum(after[c] for c in shared),

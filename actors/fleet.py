@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from trajectories.records import Cell
 
@@ -46,6 +46,7 @@ class Fleet:
         self._slots = slots
         self._timeout_s = timeout_s
         self._on_event = on_event
+        self._away: dict[int, ray.ObjectRef] = {}
 
     def run(self, cells: Sequence[Cell], launch: Launch) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
         """Run every cell once. Yields (episode record, ref of the trajectory).
@@ -59,7 +60,11 @@ class Fleet:
         wanted: list[tuple[str, int] | None] = [None] * len(self.actors)
         try:
             while pending or running:
+                self._greet()
                 self._assign(pending, running, wanted, launch)
+                if not running:
+                    time.sleep(0.5)  # every actor is restarting
+                    continue
                 done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
                 for ref in done:
                     run = running.pop(ref)
@@ -67,6 +72,11 @@ class Fleet:
                     try:
                         record = ray.get(ref)
                     except RayActorError as error:
+                        if isinstance(
+                            error, RayTaskError
+                        ):  # somebody else died, while this actor waited for it
+                            raise
+                        self._away.setdefault(run.actor, self.actors[run.actor].__ray_ready__.remote())
                         self._requeue(run, pending, attempts, reason=type(error).__name__)
                         continue
                     yield record, run.trajectory
@@ -83,7 +93,7 @@ class Fleet:
         launch: Launch,
     ) -> None:
         """Fill free slots, the emptiest actor first; a freed simulator gets another cell of its own task if any."""
-        loads = [0] * len(self.actors)
+        loads = [self._slots if actor in self._away else 0 for actor in range(len(self.actors))]
         for run in running.values():
             loads[run.actor] += 1
         while pending and min(loads) < self._slots:
@@ -94,6 +104,18 @@ class Fleet:
             record, trajectory = launch(self.actors[actor], cell)
             running[record] = _Running(cell, actor, trajectory)
             loads[actor] += 1
+
+    def _greet(self) -> None:
+        """Take back the actors that have restarted: a cell sent to one that is still away would be lost on it."""
+        for actor, ready in list(self._away.items()):
+            if not ray.wait([ready], timeout=0)[0]:
+                continue
+            try:
+                ray.get(ready)
+            except RayActorError:
+                self._away[actor] = self.actors[actor].__ray_ready__.remote()
+            else:
+                del self._away[actor]
 
     def _requeue(
         self, run: _Running, pending: deque[Cell], attempts: dict[Cell, int], *, reason: str

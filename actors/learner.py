@@ -59,7 +59,7 @@ class Learner:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             if step % PROGRESS_EVERY == 0 or step == part.steps:
-                self._monitor.report.remote("supervised", step, part.steps, metrics)
+                ray.get(self._monitor.report.remote("supervised", step, part.steps, metrics))
 
         metrics = learner.fit(on_step=on_step)
         save_checkpoint(
@@ -93,7 +93,7 @@ class Learner:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             if step % PROGRESS_EVERY == 0 or step == total:
-                self._monitor.report.remote("update", step, total, metrics)
+                ray.get(self._monitor.report.remote("update", step, total, metrics))
 
         report = learner.update(pairs, successes, self._demos, on_step=on_step)
         return report, learner.adapter()

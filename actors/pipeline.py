@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+from actors.cells import training_cells
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
 from actors.stages import (
@@ -38,7 +39,6 @@ from actors.stages import (
     follow,
     publish,
     take_recorded,
-    training_cells,
     trial,
 )
 from configs.loader import RecipeError, load_recipe
@@ -60,7 +60,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     started = time.monotonic()
     if recipe.start is not None:
-        check_start(Path(recipe.start))
+        check_start(Path(recipe.start), Path(recipe.root) / recipe.name)
     assets = resolve_assets(recipe.environment.assets)
     connect()
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
@@ -82,12 +82,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
         crew.dismiss()
 
 
-def check_start(source: Path) -> None:
-    """Raise RecipeError or CheckpointError, naming what is wrong, unless a start can be taken up from this run."""
+def check_start(source: Path, target: Path) -> None:
+    """Raise RecipeError or CheckpointError, naming what is wrong, unless the run `target` can start from `source`."""
     if not (source / "recipe.yaml").is_file():
         raise RecipeError(
             f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
         )
+    if source.resolve() == target.resolve():
+        raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
     verify(source / "checkpoints" / "start")
 
 
@@ -233,18 +235,21 @@ def summarize(
     wall_s: float,
 ) -> dict[str, Any]:
     """Write and return the result: paired held-out success before and after."""
-    shared = before.success.keys() & after.success.keys()
-    test = mcnemar({c: before.success[c] for c in shared}, {c: after.success[c] for c in shared})
+    shared = sorted(before.success.keys() & after.success.keys())
+    if not shared:
+        raise RuntimeError("no held-out episode ended without a fault; see events.jsonl for what went wrong")
+    first, last = ({c: side.success[c] for c in shared} for side in (before, after))
+    test = mcnemar(first, last)
     driven = folder.rollout_throughput()
     result = {
         "suite": recipe.tasks.suite,
         "task_ids": list(recipe.tasks.task_ids),
         "assets": assets.kind,
         "held_out_episodes": len(shared),
-        "success_before": round(before.rate, 4),
-        "success_after": round(after.rate, 4),
-        "wilson_before": [round(x, 4) for x in wilson(sum(before.success.values()), len(before.success))],
-        "wilson_after": [round(x, 4) for x in wilson(sum(after.success.values()), len(after.success))],
+        "success_before": round(sum(first.values()) / len(shared), 4),
+        "success_after": round(sum(last.values()) / len(shared), 4),
+        "wilson_before": [round(x, 4) for x in wilson(sum(first.values()), len(shared))],
+        "wilson_after": [round(x, 4) for x in wilson(sum(last.values()), len(shared))],
         "mcnemar_p": float(f"{test.p_value:.3g}"),
         "env_steps_per_s": driven,
         "wall_s": round(wall_s, 1),

@@ -98,20 +98,25 @@ class PolicyServer:
                 answers = await loop.run_in_executor(self._thread, self._answer, batch)
             except Exception as error:  # handed to the callers, who own the decision to retry
                 for request in batch:
-                    request.answer.set_exception(error)
+                    if not request.answer.done():  # whoever asked may have gone
+                        request.answer.set_exception(error)
                 continue
             for request, answer in zip(batch, answers, strict=True):
-                request.answer.set_result(answer)
+                if not request.answer.done():
+                    request.answer.set_result(answer)
 
     async def _fill(self, waiting: list[_Request]) -> None:
         """Wait until the batch is full or the oldest request has waited long enough."""
         deadline = time.monotonic() + self._serving.max_wait_ms / 1000
         while len(waiting) < self._serving.max_batch:
+            if not self._queue.empty():
+                waiting.append(self._queue.get_nowait())
+                continue
             left = deadline - time.monotonic()
-            if left <= 0 and self._queue.empty():
+            if left <= 0:
                 return
             try:
-                waiting.append(await asyncio.wait_for(self._queue.get(), max(left, 0.0)))
+                waiting.append(await asyncio.wait_for(self._queue.get(), left))
             except TimeoutError:
                 return
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from configs.schema import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets
@@ -135,22 +135,27 @@ class Rollouts:
     async def first_frame(self, cell: Cell) -> tuple[dict[str, Any], str]:
         """Hash of the first images of a cell's task at initial state 0 with seed 0, for the stack fingerprint."""
         env = await self._pool.take(cell.suite, cell.task_id)
-        frame, _ = env.reset(seed=0, options={"init_state": 0})
-        self._pool.give_back(env)
+        try:
+            frame, _ = env.reset(seed=0, options={"init_state": 0})
+        finally:
+            self._pool.give_back(env)
         content = first_frame_hash(frame)
         return {"task": f"{cell.suite}/{cell.task_id}", "hash": content}, content
 
     async def demonstration(
         self, cell: Cell, *, part: DemonstrationPart, chunk: int
     ) -> tuple[dict[str, Any], Trajectory]:
-        """One perturbed demonstration by the task's scripted expert."""
+        """One perturbed demonstration by the task's scripted expert. Raises SimulatorFaultError and what the expert
+        raises, after closing the simulator it happened in."""
         env = await self._pool.take(cell.suite, cell.task_id)
         try:
             trajectory = demonstrate(
                 env, init_state=cell.init_state, seed=cell.seed, noise=part.noise, chunk=chunk
             )
-        finally:
-            self._pool.give_back(env)
+        except BaseException:
+            self._pool.give_back(env, healthy=False)
+            raise
+        self._pool.give_back(env)
         return episode_record(trajectory), trajectory
 
     async def _ask(
@@ -169,10 +174,15 @@ class Rollouts:
             policy = policies[self._asked % len(policies)]
             self._asked += 1
             try:
-                sample, content_hash = await policy.act.remote(
-                    observation, seed=seed, version=version, temperature=temperature
-                )
+                answer = policy.act.remote(observation, seed=seed, version=version, temperature=temperature)
+                sample, content_hash = await asyncio.wait_for(answer, ANSWER_DEADLINE_S)
+            except TimeoutError as error:
+                raise EpisodeFault(f"a policy actor hung for {ANSWER_DEADLINE_S:.0f} s") from error
             except RayActorError as error:
+                if isinstance(
+                    error, RayTaskError
+                ):  # the policy actor lives; what it pulls weights from does not
+                    raise
                 if time.monotonic() > deadline:
                     raise EpisodeFault(f"no policy actor answered in {ANSWER_DEADLINE_S:.0f} s") from error
                 await asyncio.sleep(0.5)

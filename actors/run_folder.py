@@ -39,7 +39,7 @@ class RunFolder:
 
         Raises OSError when the folder cannot be written.
         """
-        root = Path(recipe.root)
+        root = Path(recipe.root).resolve()
         path = root / recipe.name
         if path.exists():
             taken = [int(p.name.rsplit("~", 1)[1]) for p in root.glob(f"{recipe.name}~*")]

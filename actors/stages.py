@@ -11,10 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from actors.canary import canary_cells, judge
+from actors.canary import judge
+from actors.cells import canary_cells
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
-from configs.schema import DemonstrationPart, GuardPart, RolloutPart, TaskPart
+from configs.schema import DemonstrationPart, GuardPart, TaskPart
 from learners.checkpoint import save_checkpoint
 from policies.adapters import adapter_tensors
 from trajectories.journal import read_journal
@@ -40,28 +41,14 @@ class Outcomes:
 
     version: int
     success: dict[Cell, bool] = field(default_factory=dict)
-    faults: int = 0
+    """Of every cell that ended without a fault."""
+    faulted: set[Cell] = field(default_factory=set)
     env_steps: int = 0
     wall_s: float = 0.0
 
     @property
     def rate(self) -> float:
         return sum(self.success.values()) / max(len(self.success), 1)
-
-
-def training_cells(tasks: TaskPart, part: RolloutPart, round_index: int) -> list[Cell]:
-    """The cells of one round: the next `init_states_per_round` training states of every task, each
-    `samples_per_state` times with sampling seeds of the round's own. Tasks alternate, so that every rollout actor
-    meets every task early."""
-    states = tasks.train_init_states
-    first = round_index * part.init_states_per_round
-    chosen = [states[(first + k) % len(states)] for k in range(min(part.init_states_per_round, len(states)))]
-    return [
-        Cell(suite=tasks.suite, task_id=task, init_state=state, seed=1000 * (round_index + 1) + sample)
-        for state in chosen
-        for sample in range(part.samples_per_state)
-        for task in tasks.task_ids
-    ]
 
 
 def drive(
@@ -93,7 +80,7 @@ def drive(
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
             if record["outcome"] == "fault":
-                out.faults += 1
+                out.faulted.add(_cell(record))
                 folder.event({"event": "quarantined", "cell": _cell(record).key, "reason": record["fault"]})
             else:
                 out.success[_cell(record)] = record["success"]
@@ -105,7 +92,7 @@ def drive(
         version=version,
         episodes=len(out.success),
         successes=sum(out.success.values()),
-        faults=out.faults,
+        faults=len(out.faulted),
         env_steps=out.env_steps,
         env_steps_per_s=round(out.env_steps / out.wall_s, 1),
         **_serving_stats(crew),
@@ -131,7 +118,7 @@ def take_recorded(
     for cell in cells:
         folder.episode("evaluation", -1, found[cell])
         if found[cell]["outcome"] == "fault":
-            out.faults += 1
+            out.faulted.add(cell)
         else:
             out.success[cell] = found[cell]["success"]
     return out
@@ -188,8 +175,8 @@ def first_frames(crew: Crew, tasks: TaskPart) -> dict[str, str]:
 
 def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, total: int, **tags: Any) -> Any:
     """Wait for long work in another actor, showing and recording what it reports."""
+    done: list[ray.ObjectRef] = []
     with progress_bar(label, total) as bar:
-        done: list[ray.ObjectRef] = []
         while not done:
             done, _ = ray.wait([ref], timeout=1.0)
             (_, step, _, metrics), lines = ray.get(crew.monitor.pop.remote())
@@ -272,7 +259,9 @@ def trial(
         )
 
     before = driven if driven.version == good.version else sweep(good.version)
-    verdict = judge(before.success, sweep(candidate.version).success, part)
+    tried = sweep(candidate.version)
+    # A candidate that makes episodes fault must not pass for the few that it finishes.
+    verdict = judge(before.success, tried.success | dict.fromkeys(tried.faulted, False), part)
     kind = "promoted" if verdict.promoted else "rolled_back"
     folder.event({"event": kind, "round": round_index, "version": candidate.version, **verdict.describe()})
     if verdict.promoted:

@@ -14,7 +14,7 @@ from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets
 from envs.protocol import held_out_cells, published_cells, wilson
-from learners.checkpoint import load_checkpoint
+from learners.checkpoint import load_checkpoint, verify
 from policies.adapters import adapter_from_tensors
 from trajectories.codec import save_trajectory
 from trajectories.journal import read_journal
@@ -50,6 +50,8 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     recipe = load_recipe(path / "recipe.yaml", [])
     if version is None:
         version = last_promoted(path)
+    start = Path(recipe.start) if recipe.start else path
+    verify(start / "checkpoints" / "start")
     adapter = _adapter(path, version)
     match manifest:
         case "held-out":
@@ -59,7 +61,6 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         case _:
             raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
     with _crew(recipe, lambda: RunFolder(path)) as (crew, folder):
-        start = Path(recipe.start) if recipe.start else path
         crew.start_serving(
             recipe.serving,
             policy=recipe.policy,
@@ -88,7 +89,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         "episodes": len(out.success),
         "success": round(out.rate, 4),
         "wilson": [round(low, 4), round(high, 4)],
-        "faults": out.faults,
+        "faults": len(out.faulted),
     }
 
 

@@ -23,20 +23,36 @@ class TaskPart(Part):
 
     suite: Suite = Field(description="LIBERO suite")
     task_ids: tuple[int, ...] = Field(description="task indices in the suite's official order", min_length=1)
-    demo_init_states: tuple[int, ...] = Field(description="initial states the scripted expert demonstrates")
-    train_init_states: tuple[int, ...] = Field(description="initial states of online rollouts")
-    held_out_init_states: tuple[int, ...] = Field(description="initial states of evaluation only")
+    demo_init_states: tuple[int, ...] = Field(
+        description="initial states the scripted expert demonstrates", min_length=1
+    )
+    train_init_states: tuple[int, ...] = Field(description="initial states of online rollouts", min_length=1)
+    held_out_init_states: tuple[int, ...] = Field(
+        description="initial states of evaluation only", min_length=1
+    )
 
     @model_validator(mode="after")
-    def _splits_are_disjoint(self) -> TaskPart:
+    def _indices_make_sense(self) -> TaskPart:
         seen = set(self.demo_init_states) | set(self.train_init_states)
         shared = sorted(seen & set(self.held_out_init_states))
         if shared:
             raise ValueError(f"held_out_init_states must not be trained on, but {shared} are in both")
-        for name in ("demo_init_states", "train_init_states", "held_out_init_states"):
-            bad = [i for i in getattr(self, name) if not 0 <= i < 50]
+        states = {
+            "demo_init_states": self.demo_init_states,
+            "train_init_states": self.train_init_states,
+            "held_out_init_states": self.held_out_init_states,
+        }
+        for name, indices in states.items():
+            bad = [i for i in indices if not 0 <= i < 50]
             if bad:
                 raise ValueError(f"{name} must lie in 0..49, got {bad}")
+        last = 89 if self.suite == "libero_90" else 9
+        bad = [i for i in self.task_ids if not 0 <= i <= last]
+        if bad:
+            raise ValueError(f"task_ids of {self.suite} must lie in 0..{last}, got {bad}")
+        for name, indices in {**states, "task_ids": self.task_ids}.items():
+            if len(set(indices)) < len(indices):
+                raise ValueError(f"{name} must name each index once, got {list(indices)}")
         return self
 
 
@@ -226,7 +242,12 @@ class EvaluationPart(Part):
         (0,), description="sampling seeds per held-out state", min_length=1
     )
     temperature: float | None = Field(None, ge=0, description="sampling temperature; none: the rollouts' own")
-    every_round: bool = Field(False, description="evaluate every promoted version, not only first and last")
+
+    @model_validator(mode="after")
+    def _seeds_are_distinct(self) -> EvaluationPart:
+        if len(set(self.sampling_seeds)) < len(self.sampling_seeds):
+            raise ValueError(f"sampling_seeds must name each seed once, got {list(self.sampling_seeds)}")
+        return self
 
 
 class Recipe(Part):

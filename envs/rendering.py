@@ -110,7 +110,7 @@ def _gl_context(size: int) -> Any:
     if os.environ["MUJOCO_GL"] == "egl":
         from mujoco.egl import GLContext  # either import fails under the other's platform
     else:
-        from mujoco.osmesa import GLContext
+        from mujoco.osmesa import GLContext  # as above
     return GLContext(size, size)
 
 

@@ -185,7 +185,7 @@ class PreferenceLearner:
                 return trip
             self._optimizer.step()
         # The checks above precede each step; this one judges what the last step left behind.
-        return tripwire.check(chosen_logratio(draw, self._pool))
+        return Tripwire(self._guard.chosen_drop).check(chosen_logratio(draw, self._pool))
 
     def _draws(
         self,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import ray
 
-from actors.canary import canary_cells, judge
+from actors.canary import judge
+from actors.cells import canary_cells, training_cells
 from actors.fleet import Fleet
 from actors.parameter_server import ParameterServer, assign_shards, pull_snapshot
 from actors.placement import PlacementError, check_fits, connect
 from actors.rollout import decision_seed
-from actors.stages import training_cells
 from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart, TaskPart
 from learners.checkpoint import save_checkpoint
 from trajectories.hashing import weights_hash
@@ -82,6 +82,11 @@ def test_canary_verdict(after: list[bool], promoted: bool, p_worse: float) -> No
     assert verdict.promoted is promoted
     assert verdict.p_worse == pytest.approx(p_worse)
     assert verdict.before == 8
+
+
+def test_a_candidate_that_finishes_nothing_is_not_promoted() -> None:
+    assert not judge({cell(0): False}, {}, GuardPart()).promoted
+    assert judge({}, {}, GuardPart(canary_episodes=0)).promoted
 
 
 @pytest.fixture(scope="module")

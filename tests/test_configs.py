@@ -76,7 +76,7 @@ def test_overrides_are_yaml_and_the_last_wins(small: Path) -> None:
             "policy.decoder={width: 48, layers: 2}",
             "tasks.task_ids=[1, 2]",
             "environment.max_steps=null",
-            "evaluation.every_round=true",
+            "schedule=overlapped",
         ],
     )
     assert recipe.preference.beta == 0.001
@@ -88,7 +88,7 @@ def test_overrides_are_yaml_and_the_last_wins(small: Path) -> None:
     )
     assert recipe.tasks.task_ids == (1, 2)
     assert recipe.environment.max_steps is None
-    assert recipe.evaluation.every_round is True
+    assert recipe.schedule == "overlapped"
 
 
 def test_a_dumped_recipe_loads_back_equal(small: Path, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     draw = Draw(pairs=sides, successes=pool.rows(successes[0]), demos=pool.rows(demos[0])[:3])
     assert sum(len(side.rows) for pair in sides for side in pair) > 64
 
-    part = PreferencePart(beta=0.05, rejected_floor=0.02)
+    part = PreferencePart(beta=0.05, rejected_floor=0.02, success_weight=0.2, demo_weight=0.1)
     with adapters.merged_forward(policy.module):
         metrics = accumulate_gradients(draw, pool, part)
     found = {name: parameter.grad.clone() for name, parameter in parameters.items()}
