@@ -9,6 +9,9 @@ buffer to another. Merging and hashing, done once by the shard, are timed apart.
 
 from __future__ import annotations
 
+import actors  # noqa: F401  (before ray: it settles how ray authenticates)
+
+# isort: split
 import statistics
 import tempfile
 import time
