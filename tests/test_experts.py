@@ -156,8 +156,8 @@ def test_only_successes_are_collected(assets: ResolvedAssets) -> None:
         suite="libero_goal",
         task_ids=(6,),
         demo_init_states=(0, 1),
-        train_init_states=(),
-        held_out_init_states=(),
+        train_init_states=(0,),
+        held_out_init_states=(40,),
     )
     demos = collect_demonstrations(
         tasks=tasks,
@@ -176,8 +176,8 @@ def test_an_expert_that_cannot_finish_is_reported(assets: ResolvedAssets) -> Non
         suite="libero_goal",
         task_ids=(6,),
         demo_init_states=(0,),
-        train_init_states=(),
-        held_out_init_states=(),
+        train_init_states=(0,),
+        held_out_init_states=(40,),
     )
     with pytest.raises(RuntimeError, match=r"put_the_cream_cheese_in_the_bowl succeeded in 0 of 10 tries"):
         collect_demonstrations(
