@@ -62,15 +62,3 @@ def on_site(scene: Scene, item: str, *, site: str, support: str) -> Place:
         support=support,
         tolerance=0.02,
     )
-
-
-def in_drawer(scene: Scene, item: str, *, site: str, support: str) -> Place:
-    """Set down in the middle of an open drawer, until it touches the drawer."""
-    position, _ = scene.site(site)
-    return Place(
-        position=position[:2],
-        release=position[2] - 0.03,
-        clear=position[2] + 0.05,
-        support=support,
-        tolerance=0.03,
-    )
