@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preferences.pairing import Candidate, candidate_of
-from trajectories.codec import CodecError, episode_record, load_trajectory, save_trajectory, verify_file
+from trajectories.codec import CodecError, episode_record, load_trajectory, save_trajectory
 from trajectories.journal import Journal, JournalError, read_journal
 from trajectories.records import Cell, Trajectory
 
@@ -55,8 +55,6 @@ class TrajectoryArchive:
         self.folder = folder
         self.num_duplicates = 0
         """Trajectories refused since opening because they were there already."""
-        self.num_quarantined = 0
-        """Files found damaged since opening."""
         self._files = folder / "trajectories"
         self._index: dict[str, Candidate] = {}
         self._hashes: dict[int, str] = {}
@@ -119,26 +117,15 @@ class TrajectoryArchive:
         self._enter(trajectory)
         return True
 
-    def load(self, trajectory_id: str) -> Trajectory:
-        """Read one trajectory from its file; see `PreferenceStore.trajectory`."""
-        if trajectory_id not in self._index:
-            raise KeyError(f"{self.folder} holds no trajectory {trajectory_id}")
-        try:
-            return load_trajectory(self._path(trajectory_id))
-        except (CodecError, FileNotFoundError) as error:
-            self._quarantine(trajectory_id, error)
-            raise
-
-    def drop_damaged(self, trajectory_ids: Iterable[str]) -> bool:
-        """Verify files, quarantining the damaged; whether there were any."""
-        damaged = False
+    def load_intact(self, trajectory_ids: Iterable[str]) -> dict[str, Trajectory]:
+        """Read trajectories, by id, each once. A damaged or missing file is quarantined, and its id left out."""
+        intact: dict[str, Trajectory] = {}
         for trajectory_id in dict.fromkeys(trajectory_ids):
             try:
-                verify_file(self._path(trajectory_id))
+                intact[trajectory_id] = load_trajectory(self._path(trajectory_id))
             except (CodecError, FileNotFoundError) as error:
                 self._quarantine(trajectory_id, error)
-                damaged = True
-        return damaged
+        return intact
 
     def close(self) -> None:
         """Close the index; harmless when already closed."""
@@ -212,7 +199,6 @@ class TrajectoryArchive:
 
     def _quarantine(self, trajectory_id: str, reason: Exception) -> None:
         """Set a damaged file aside and forget its trajectory, so that its episode can be run again."""
-        self.num_quarantined += 1
         logger.warning("trajectory %s is forgotten, its file set aside: %s", trajectory_id, reason)
         path = self._path(trajectory_id)
         with writing(self.folder, "quarantine"):

@@ -1,7 +1,7 @@
 """Which success pairs with which failure: pure functions over what is known of each trajectory.
 
-A pair shares suite, task, initial state and, unless versions may mix, the policy version. Mixing versions gives more
-pairs, but then the two sides come from different behaviour policies.
+A pair shares suite, task, initial state and policy version: with two versions, its sides would come from two different
+behaviour policies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from trajectories.records import Cell, Outcome, Trajectory
 
 State = tuple[str, int, int, int]
-"""Suite, task, initial state, and policy version (or 0 where versions mix)."""
+"""Suite, task, initial state and policy version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +43,12 @@ class PairRef:
     chosen: str
     rejected: str
     policy_version: int
-    """The newer of the two sides' versions."""
     cell: Cell
     """The chosen side's; the rejected side differs in its seed."""
 
     @property
     def pair_id(self) -> str:
-        """As `PreferencePair.pair_id`."""
+        """Stable name, the same whenever the pair is mined."""
         return f"{self.chosen}-{self.rejected}"
 
 
@@ -57,7 +56,7 @@ class PairRef:
 class PairCounts:
     """What one mining found. Every state is paired, all success, all failure, or other.
 
-    Where versions do not mix, an initial state counts once for each version that drove it.
+    An initial state counts once for each version that drove it.
     """
 
     states: int
@@ -111,7 +110,6 @@ def mine_pairs(
     max_staleness: int,
     pairs_per_state: int,
     seed: int,
-    mix_versions: bool = False,
     retired: Collection[int] = (),
 ) -> tuple[tuple[PairRef, ...], PairCounts]:
     """Pair successes with clean failures of the same initial state.
@@ -126,7 +124,6 @@ def mine_pairs(
         pairs_per_state: at most this many pairs from one state, >= 1; they use its successes, and its failures,
             equally often, give or take one.
         seed: fixes which are chosen.
-        mix_versions: whether a success may pair with another version's failure.
         retired: versions that were rolled back; their trajectories never pair.
 
     Raises ValueError when max_staleness is below 0 or pairs_per_state below 1.
@@ -143,7 +140,7 @@ def mine_pairs(
     recent = [c for c in in_force if oldest <= c.policy_version <= current_version]
     pairs: list[PairRef] = []
     kinds: Counter[tuple[bool, bool]] = Counter()
-    for state, members in sorted(_by_state(recent, mix_versions=mix_versions).items()):
+    for state, members in sorted(_by_state(recent).items()):
         successes, failures = _sides(members, Random(f"{seed}:{state}"))
         kinds[bool(successes), bool(failures)] += 1
         pairs += _spread(successes, failures, pairs_per_state)
@@ -161,11 +158,12 @@ def mine_pairs(
     return tuple(pairs), counts
 
 
-def _by_state(candidates: Iterable[Candidate], *, mix_versions: bool) -> dict[State, list[Candidate]]:
+def _by_state(candidates: Iterable[Candidate]) -> dict[State, list[Candidate]]:
     states: dict[State, list[Candidate]] = {}
     for candidate in candidates:
-        cell, version = candidate.cell, 0 if mix_versions else candidate.policy_version
-        states.setdefault((cell.suite, cell.task_id, cell.init_state, version), []).append(candidate)
+        cell = candidate.cell
+        state = (cell.suite, cell.task_id, cell.init_state, candidate.policy_version)
+        states.setdefault(state, []).append(candidate)
     return states
 
 
@@ -195,7 +193,7 @@ def _spread(successes: list[Candidate], failures: list[Candidate], limit: int) -
         PairRef(
             chosen=a.trajectory_id,
             rejected=b.trajectory_id,
-            policy_version=max(a.policy_version, b.policy_version),
+            policy_version=a.policy_version,
             cell=a.cell,
         )
         for a, b in zip(chosen, rejected, strict=True)

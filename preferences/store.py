@@ -7,55 +7,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from preferences.archive import StoreError, TrajectoryArchive, UnknownPolicyError, writing
-from preferences.cache import ReadOnDemand, TrajectoryCache
 from preferences.lock import FolderLock, FolderLockedError
 from preferences.pairing import PairCounts, PairRef, mine_pairs
 from trajectories.journal import Journal, JournalError, read_journal
 from trajectories.records import PreferencePair, Trajectory
 
-__all__ = ["MinedPairs", "PreferenceStore", "StoreCounts", "StoreError", "UnknownPolicyError"]
-
-CACHE_BYTES = 256 * 2**20
+__all__ = ["MinedPairs", "PreferenceStore", "StoreError", "UnknownPolicyError"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MinedPairs:
-    """Pairs and successes recent enough to learn from. Items are read from their files when asked for."""
+    """Pairs and successes recent enough to learn from. A trajectory that is in several places is one object."""
 
     refs: tuple[PairRef, ...]
-    pairs: Sequence[PreferencePair]
+    pairs: tuple[PreferencePair, ...]
     """In the order of `refs`."""
-    successes: Sequence[Trajectory]
+    successes: tuple[Trajectory, ...]
     """Every clean success of the versions mined, ordered by version and cell."""
     counts: PairCounts
-    num_new: int
-    """How many of the pairs were never mined before."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreCounts:
-    """What the store holds."""
-
-    trajectories: int
-    successes: int
-    failures: int
-    faults: int
-    non_finite: int
-    """Successes and failures that hold a non-finite number or no decision, and so never pair."""
-    duplicates: int
-    """Trajectories refused since opening because they were there already."""
-    quarantined: int
-    """Files found damaged since opening."""
-    pairs: int
-    """Distinct pairs ever mined."""
-    by_version: Mapping[int, tuple[int, int]]
-    """Version -> (successes, episodes without faults)."""
 
 
 class PreferenceStore:
@@ -69,12 +43,11 @@ class PreferenceStore:
             for pair in mined.pairs: ...
     """
 
-    def __init__(self, folder: Path | str, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: Path | str) -> None:
         """Open a folder, creating it or recovering what is in it.
 
         Args:
             folder: where the store lives; other files in it are left alone.
-            cache_bytes: bound on the memory that trajectories read from files may take.
 
         Raises:
             StoreError: another process has it open, or the folder cannot be written.
@@ -88,7 +61,6 @@ class PreferenceStore:
             raise StoreError(str(error)) from error
         except OSError as error:
             raise StoreError(f"the store cannot use {self.folder}: {error.strerror or error}") from error
-        self._cache = TrajectoryCache(cache_bytes)
         try:
             self._archive = TrajectoryArchive(self.folder)
             with writing(self.folder, "pairs.jsonl"):
@@ -126,44 +98,34 @@ class PreferenceStore:
             CodecError: it has no stored form (see `encode_trajectory`).
             StoreError: the disk is full; what was stored before is safe, and this one may be added again.
         """
-        self._cache.discard([trajectory.trajectory_id])
-        # Not put into the cache: its arrays may borrow memory that whoever sent it wants back.
         return self._archive.add(trajectory)
 
     def mine(
-        self,
-        *,
-        current_version: int,
-        max_staleness: int,
-        pairs_per_state: int,
-        seed: int,
-        mix_versions: bool = False,
+        self, *, current_version: int, max_staleness: int, pairs_per_state: int, seed: int
     ) -> MinedPairs:
         """Pair what is stored (see `mine_pairs`) and put down in `pairs.jsonl` the pairs that are new.
 
-        Every file that takes part is verified first; a damaged one is quarantined and its trajectory forgotten, so
-        that its episode can be run again. Memory of trajectories too old to pair is let go.
+        A file that is found damaged is quarantined and its trajectory forgotten, so that its episode can be run
+        again; the rest pairs without it.
 
         Raises:
             ValueError: see `mine_pairs`.
             StoreError: the disk is full.
         """
         oldest = current_version - max_staleness
-        known = self._archive.candidates
-        self._cache.discard(name for name, candidate in known.items() if candidate.policy_version < oldest)
         while True:
             refs, counts = mine_pairs(
-                known.values(),
+                self._archive.candidates.values(),
                 current_version=current_version,
                 max_staleness=max_staleness,
                 pairs_per_state=pairs_per_state,
                 seed=seed,
-                mix_versions=mix_versions,
                 retired=self._archive.retired,
             )
             successes = self._success_ids(oldest, current_version)
-            sides = [side for ref in refs for side in (ref.chosen, ref.rejected)]
-            if not self._archive.drop_damaged(sides + successes):
+            wanted = {side for ref in refs for side in (ref.chosen, ref.rejected)} | set(successes)
+            found = self._archive.load_intact(sorted(wanted))
+            if found.keys() == wanted:
                 break
         new = [ref for ref in refs if ref.pair_id not in self._mined]
         with writing(self.folder, "new pairs"):
@@ -171,50 +133,9 @@ class PreferenceStore:
         self._mined.update(ref.pair_id for ref in new)
         return MinedPairs(
             refs=refs,
-            pairs=ReadOnDemand(refs, self._pair),
-            successes=ReadOnDemand(successes, self.trajectory),
+            pairs=tuple(PreferencePair(chosen=found[r.chosen], rejected=found[r.rejected]) for r in refs),
+            successes=tuple(found[name] for name in successes),
             counts=replace(counts, duplicates=self._archive.num_duplicates),
-            num_new=len(new),
-        )
-
-    def successes(self, *, min_version: int, max_version: int) -> Sequence[Trajectory]:
-        """Clean successes of a range of versions, both ends included, retired ones left out; read on demand."""
-        return ReadOnDemand(self._success_ids(min_version, max_version), self.trajectory)
-
-    def trajectory(self, trajectory_id: str) -> Trajectory:
-        """One stored trajectory, from memory or its file.
-
-        Raises:
-            KeyError: there is no such trajectory.
-            CodecError: its file was damaged, and is in quarantine now.
-            FileNotFoundError: its file was removed by someone else.
-        """
-        found = self._cache.get(trajectory_id)
-        if found is None:
-            found = self._archive.load(trajectory_id)
-            self._cache.put(found)
-        return found
-
-    def counts(self) -> StoreCounts:
-        """What is stored now."""
-        known = list(self._archive.candidates.values())
-        by_version: dict[int, tuple[int, int]] = {}
-        for candidate in known:
-            successes, episodes = by_version.get(candidate.policy_version, (0, 0))
-            by_version[candidate.policy_version] = (
-                successes + (candidate.outcome == "success"),
-                episodes + (candidate.outcome != "fault"),
-            )
-        return StoreCounts(
-            trajectories=len(known),
-            successes=sum(candidate.outcome == "success" for candidate in known),
-            failures=sum(candidate.outcome == "timeout" for candidate in known),
-            faults=sum(candidate.outcome == "fault" for candidate in known),
-            non_finite=sum(candidate.outcome != "fault" and not candidate.finite for candidate in known),
-            duplicates=self._archive.num_duplicates,
-            quarantined=self._archive.num_quarantined,
-            pairs=len(self._mined),
-            by_version=by_version,
         )
 
     def close(self) -> None:
@@ -230,9 +151,6 @@ class PreferenceStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _pair(self, ref: PairRef) -> PreferencePair:
-        return PreferencePair(chosen=self.trajectory(ref.chosen), rejected=self.trajectory(ref.rejected))
 
     def _success_ids(self, min_version: int, max_version: int) -> list[str]:
         wanted = [

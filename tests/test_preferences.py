@@ -32,9 +32,7 @@ def candidates(
     ]
 
 
-def mine(
-    items: list[Candidate], **change: int | bool | list[int]
-) -> tuple[list[tuple[str, str]], PairCounts]:
+def mine(items: list[Candidate], **change: int | list[int]) -> tuple[list[tuple[str, str]], PairCounts]:
     settings: dict = {"current_version": 0, "max_staleness": 2, "pairs_per_state": 4, "seed": 0}
     refs, counts = mine_pairs(items, **(settings | change))
     return [(ref.chosen, ref.rejected) for ref in refs], counts
@@ -103,12 +101,12 @@ def test_staleness_counts_versions_back_from_the_current_one() -> None:
     assert sorted(chosen[:2] for chosen, _ in mine(items, current_version=3, retired=[2])[0]) == ["v1", "v3"]
 
 
-def test_versions_mix_only_when_asked() -> None:
+def test_versions_do_not_mix() -> None:
     items = candidates(1, 2, 0, version=0) + candidates(1, 0, 2, version=1)
-    assert mine(items, current_version=1)[0] == []
-    assert mine(items, current_version=1)[1].states == 2
-    pairs, counts = mine(items, current_version=1, mix_versions=True)
-    assert (len(pairs), counts.states) == (4, 1)
+    pairs, counts = mine(items, current_version=1)
+    assert (pairs, counts.states) == ([], 2)
+    pairs, _ = mine(items + candidates(1, 1, 0, version=1), current_version=1)
+    assert {chosen[:2] + rejected[:2] for chosen, rejected in pairs} == {"v1v1"}
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

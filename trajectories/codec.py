@@ -119,11 +119,6 @@ def load_trajectory(path: Path) -> Trajectory:
     return decode_trajectory(path.read_bytes(), source=str(path))
 
 
-def verify_file(path: Path) -> None:
-    """Check that a file is an intact trajectory, without inflating it; raises as `load_trajectory`."""
-    _intact_body(path.read_bytes(), str(path))
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to `<name>.<random>.tmp` beside `path`, flush to the disk, rename, and flush the folder.
 

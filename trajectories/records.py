@@ -130,10 +130,6 @@ class PreferencePair:
                 f"chosen={self.chosen.outcome}, rejected={self.rejected.outcome}"
             )
 
-    @property
-    def pair_id(self) -> str:
-        return f"{self.chosen.trajectory_id}-{self.rejected.trajectory_id}"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterWeights:
