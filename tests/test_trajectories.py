@@ -25,7 +25,7 @@ from trajectories.codec import (
     load_trajectory,
     save_trajectory,
 )
-from trajectories.journal import Journal, JournalError, read_journal, read_new
+from trajectories.journal import Journal, JournalError, read_journal
 from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -219,19 +219,6 @@ def test_a_journal_keeps_records_in_order_across_writers(tmp_path: Path) -> None
         {"step": 1},
         {"step": 2},
     ]
-
-
-def test_following_a_journal_yields_each_finished_line_once(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    assert read_new(path, 0) == ([], 0)
-    with Journal(path) as journal:
-        journal.append({"a": 1})
-        first, offset = read_new(path, 0)
-        journal.append({"b": 2})
-        with path.open("ab") as other:
-            other.write(b'{"c": ')
-        second, offset = read_new(path, offset)
-    assert (first, second, offset) == ([{"a": 1}], [{"b": 2}], 18)
 
 
 def test_a_torn_last_line_is_ignored_with_a_warning_and_cut_off_by_the_next_writer(

@@ -118,20 +118,6 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_new(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Follow a growing journal: the finished lines from byte `offset` on, and the offset to ask for next.
-
-    Raises:
-        JournalError: a line other than the last is damaged.
-    """
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        records, kept = _finished_records(path, file.read())
-    return records, offset + kept
-
-
 def _finished_records(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:
     """Records of the intact lines that end in a newline, and their length in bytes."""
     *lines, tail = data.split(b"\n")
