@@ -70,10 +70,6 @@ class PolicyServer:
         await self._queue.put(_Request(observation, seed, version, temperature, answer))
         return await answer
 
-    async def serving(self) -> dict[int, str]:
-        """Version -> content hash of everything this actor holds."""
-        return {version: content_hash for version, (_, content_hash) in self._held.items()}
-
     async def pop_stats(self) -> dict[str, float]:
         """Batches, decisions and busy seconds since the last call."""
         stats = {

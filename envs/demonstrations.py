@@ -3,19 +3,13 @@ undisturbed is a label."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from configs.schema import DemonstrationPart, EnvironmentPart, TaskPart
-from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import expert_for
 from envs.libero import LiberoEnv, SimulatorFaultError, to_observation
 from trajectories.records import ACTION_DIM, ActionSample, Cell, Decision, Observation, Outcome, Trajectory
-
-log = logging.getLogger(__name__)
 
 EXPERT_VERSION = -1
 EXPERT_HASH = "scripted-expert"
@@ -23,7 +17,6 @@ PUSH_INTERVAL = 40.0
 """Mean number of steps between two pushes."""
 PUSH_STEPS = (2, 5)
 """Shortest and longest push, control steps."""
-TRIES_PER_DEMONSTRATION = 10
 
 _STILL = 0.004
 """Finger speed below which the fingers are not closing, m/s."""
@@ -90,70 +83,6 @@ def demonstrate(
         policy_version=EXPERT_VERSION,
         policy_hash=EXPERT_HASH,
     )
-
-
-def collect_demonstrations(
-    *,
-    tasks: TaskPart,
-    environment: EnvironmentPart,
-    demonstrations: DemonstrationPart,
-    chunk: int,
-    assets: ResolvedAssets | None = None,
-) -> list[Trajectory]:
-    """`demonstrations.per_task` successful demonstrations of each task, tasks in order. Builds one simulator at a time.
-
-    Raises:
-        ValueError: a task has no expert, or there are no demo_init_states.
-        RuntimeError: an expert fails far too often.
-    """
-    assets = assets or resolve_assets(environment.assets)
-    found: list[Trajectory] = []
-    for task_id in tasks.task_ids:
-        env = LiberoEnv(suite=tasks.suite, task_id=task_id, environment=environment, assets=assets)
-        try:
-            found += demonstrate_task(
-                env, init_states=tasks.demo_init_states, demonstrations=demonstrations, chunk=chunk
-            )
-        finally:
-            env.close()
-    return found
-
-
-def demonstrate_task(
-    env: LiberoEnv, *, init_states: Sequence[int], demonstrations: DemonstrationPart, chunk: int
-) -> list[Trajectory]:
-    """`demonstrations.per_task` successes of one task, from `init_states` in turn.
-
-    A failure is logged, counted and tried again with the next seed, so the result depends on the arguments alone.
-
-    Raises:
-        ValueError: the task has no expert, or there are no init_states.
-        RuntimeError: fewer than one try in ten succeeds.
-    """
-    if not init_states:
-        raise ValueError("demo_init_states is empty; expected at least one initial state to demonstrate from")
-    found: list[Trajectory] = []
-    tries = 0
-    while len(found) < demonstrations.per_task:
-        if tries >= TRIES_PER_DEMONSTRATION * (len(found) + 1):
-            raise RuntimeError(
-                f"the expert of {env.task.name} succeeded in {len(found)} of {tries} tries; lower "
-                f"demonstrations.noise (now {demonstrations.noise})"
-            )
-        trajectory = demonstrate(
-            env,
-            init_state=init_states[len(found) % len(init_states)],
-            seed=demonstrations.seed * 100_000 + tries,
-            noise=demonstrations.noise,
-            chunk=chunk,
-        )
-        tries += 1
-        if trajectory.success:
-            found.append(trajectory)
-        else:
-            log.info("demonstration failed and is not kept: %s", trajectory.cell.key)
-    log.info("%s: %d demonstrations, %d failures", env.task.name, len(found), tries - len(found))
-    return found
 
 
 def _run(env: LiberoEnv, *, init_state: int, seed: int, noise: float, stride: int) -> _Run:
