@@ -1,6 +1,6 @@
 """Parameter-server actors: each owns a share of the pristine base and merges its own tensors, version by version.
 
-No process ever holds the whole model: a shard reads only its tensors from the start checkpoint, merges the adapter
+No shard ever holds the whole model: it reads only its own tensors from the start checkpoint, merges the adapter
 into a fresh copy in fp32, and puts the result into the object store once; every policy actor on a node maps the same
 bytes. Nothing is pushed: policy actors pull a version when a request first names it.
 """

@@ -41,7 +41,8 @@ class _Request:
 
 
 class PolicyServer:
-    """Coalesces requests into batches of at most `max_batch`, none waiting longer than `max_wait_ms`."""
+    """Coalesces requests into batches of at most `max_batch`. Once the model is free, the oldest request waits at most
+    `max_wait_ms` for others to join it; while a batch is being answered, the next ones wait for that."""
 
     def __init__(
         self, *, policy: PolicyPart, serving: ServingPart, image_size: int, shards: Sequence[str]

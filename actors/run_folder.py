@@ -25,7 +25,8 @@ PLAIN_EVERY_S = 10.0
 
 class RunFolder:
     """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/,
-    demonstrations/, trajectories/ and pairs.jsonl (the preference store's), result.json, report.md."""
+    demonstrations/, result.json; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock and, where
+    a file was found damaged, quarantine/; the report's report.md, plots/ and videos/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,5 @@
-"""What a policy is: four verbs, whatever its paradigm. A new paradigm is one file that meets this Protocol."""
+"""What a policy is, whatever its paradigm: it acts, scores, and loads weights, and turns observations and actions
+into what it scores. A new paradigm is one file that meets this Protocol."""
 
 from __future__ import annotations
 
