@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -73,7 +74,7 @@ class PairCounts:
     non_finite: int
     """Recent trajectories without a fault that hold a non-finite number, or no decision at all."""
     stale: int
-    """Trajectories of retired versions, and of versions outside current - max_staleness .. current."""
+    """Trajectories of retired versions, and of versions before `oldest_version` or after the current one."""
     duplicates: int
     """Trajectories handed in more than once, beyond the first."""
 
@@ -120,7 +121,7 @@ def mine_pairs(
     Args:
         candidates: everything known; an id that comes twice counts once.
         current_version: version in force.
-        max_staleness: versions a trajectory may lag behind, >= 0.
+        max_staleness: versions a trajectory may lag behind, >= 0; retired ones do not count.
         pairs_per_state: at most this many pairs from one state, >= 1; they use its successes, and its failures,
             equally often, give or take one.
         seed: fixes which are chosen.
@@ -135,7 +136,7 @@ def mine_pairs(
         )
     given = list(candidates)
     unique = {candidate.trajectory_id: candidate for candidate in given}
-    oldest = current_version - max_staleness
+    oldest = oldest_version(current_version, max_staleness, retired)
     in_force = [c for c in unique.values() if c.policy_version not in retired]
     recent = [c for c in in_force if oldest <= c.policy_version <= current_version]
     pairs: list[PairRef] = []
@@ -156,6 +157,13 @@ def mine_pairs(
         duplicates=len(given) - len(unique),
     )
     return tuple(pairs), counts
+
+
+def oldest_version(current_version: int, max_staleness: int, retired: Collection[int]) -> int:
+    """The oldest version that may still pair: the one in force `max_staleness` promotions before the current one, or
+    the first. A version that was rolled back was never in force, so it makes no other stale."""
+    earlier = (version for version in range(current_version - 1, -1, -1) if version not in retired)
+    return [current_version, *islice(earlier, max_staleness)][-1]
 
 
 def _by_state(candidates: Iterable[Candidate]) -> dict[State, list[Candidate]]:

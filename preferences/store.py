@@ -13,7 +13,7 @@ from types import TracebackType
 
 from preferences.archive import StoreError, TrajectoryArchive, UnknownPolicyError, writing
 from preferences.lock import FolderLock, FolderLockedError
-from preferences.pairing import PairCounts, PairRef, mine_pairs
+from preferences.pairing import PairCounts, PairRef, mine_pairs, oldest_version
 from trajectories.journal import Journal, JournalError, read_journal
 from trajectories.records import PreferencePair, Trajectory
 
@@ -112,7 +112,7 @@ class PreferenceStore:
             ValueError: see `mine_pairs`.
             StoreError: the disk is full.
         """
-        oldest = current_version - max_staleness
+        oldest = oldest_version(current_version, max_staleness, self._archive.retired)
         while True:
             refs, counts = mine_pairs(
                 self._archive.candidates.values(),

@@ -98,7 +98,14 @@ def test_staleness_counts_versions_back_from_the_current_one() -> None:
     pairs, counts = mine(items, current_version=3, max_staleness=1)
     assert sorted(chosen[:2] for chosen, _ in pairs) == ["v2", "v3"]
     assert counts.stale == 6
-    assert sorted(chosen[:2] for chosen, _ in mine(items, current_version=3, retired=[2])[0]) == ["v1", "v3"]
+
+
+def test_a_version_that_was_rolled_back_makes_no_other_stale() -> None:
+    items = [item for version in range(6) for item in candidates(1, 1, 1, version=version)]
+    pairs, _ = mine(items, current_version=5, max_staleness=1, retired=[2, 3, 4])
+    assert sorted(chosen[:2] for chosen, _ in pairs) == ["v1", "v5"]
+    pairs, _ = mine(items, current_version=5, max_staleness=9, retired=[4])
+    assert sorted(chosen[:2] for chosen, _ in pairs) == ["v0", "v1", "v2", "v3", "v5"]
 
 
 def test_versions_do_not_mix() -> None:
