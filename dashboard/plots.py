@@ -60,7 +60,7 @@ def plot_success(run: Run, path: Path) -> Path:
 
 def _success_by_task(axes: Axes, run: Run) -> None:
     versions, tasks = run.evaluated_versions(), run.tasks()
-    episodes = run.phase("evaluation")
+    episodes = run.paired_evaluation()
     step = 0.62 / max(len(versions), 1)
     for order, version in enumerate(versions):
         rates: list[tuple[float, Rate]] = []
@@ -89,11 +89,10 @@ def _success_by_task(axes: Axes, run: Run) -> None:
 
 
 def _success_by_version(axes: Axes, run: Run) -> None:
-    for phase, colour, marker, label, shift in (
-        ("evaluation", BLUE, "o", "held-out states", -0.06),
-        ("rollout", ORANGE, "s", "training states (rollouts)", 0.06),
+    for episodes, colour, marker, label, shift in (
+        (run.paired_evaluation(), BLUE, "o", "held-out states", -0.06),
+        (run.phase("rollout"), ORANGE, "s", "training states (rollouts)", 0.06),
     ):
-        episodes = run.phase(phase)
         rates = [
             (version + shift, rate)
             for version in sorted({e.policy_version for e in episodes})

@@ -12,7 +12,7 @@ from dashboard.run_folder import Episode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rate:
-    """k successes in n episodes, n >= 1. Faults count as failures."""
+    """k successes in n episodes that ended without a fault, n >= 1."""
 
     successes: int
     episodes: int
@@ -40,15 +40,15 @@ class Flips:
 
 
 def rate_of(episodes: Iterable[Episode]) -> Rate | None:
-    """Successes over these episodes; none when there are no episodes."""
-    outcomes = [episode.success for episode in episodes]
+    """Successes over these episodes, faults left out; None when none is left."""
+    outcomes = [episode.success for episode in episodes if not episode.faulty]
     return Rate(successes=sum(outcomes), episodes=len(outcomes)) if outcomes else None
 
 
 def flips(before: Iterable[Episode], after: Iterable[Episode]) -> Flips:
-    """Pairs two versions' episodes by cell (suite, task, initial state, seed)."""
-    old = {episode.cell: episode.success for episode in before}
-    new = {episode.cell: episode.success for episode in after}
+    """Pairs two versions' episodes by cell (suite, task, initial state, seed), faults left out."""
+    old = {episode.cell: episode.success for episode in before if not episode.faulty}
+    new = {episode.cell: episode.success for episode in after if not episode.faulty}
     shared = old.keys() & new.keys()
     return Flips(
         gained=sum(new[cell] and not old[cell] for cell in shared),

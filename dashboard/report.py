@@ -66,7 +66,7 @@ def _result(run: Run) -> list[str]:
     lines += [
         f"**Held-out success {percent(before)} -> {percent(after)}** ({_verdict(run, before, after, p)})",
         "",
-        f"{where}; {result['held_out_episodes']} held-out episodes, the same cells before and after.",
+        f"{where}; {_held_out(run)}.",
         f"95 % Wilson intervals: {interval(result['wilson_before'])} before, "
         f"{interval(result['wilson_after'])} after. Exact McNemar test on the paired cells: p {p_value(p)}.",
         f"{duration(result['wall_s'])} in all; {result['env_steps_per_s']:.0f} simulator steps per second.",
@@ -74,6 +74,22 @@ def _result(run: Run) -> list[str]:
     if _stands_in(run):
         lines += ["", f"> {STAND_IN_WARNING}"]
     return lines
+
+
+def _held_out(run: Run) -> str:
+    """How many cells the result rests on, and how many of the manifest it leaves out."""
+    tasks, paired = run.recipe.tasks, run.result["held_out_episodes"]
+    manifest = (
+        len(tasks.task_ids) * len(tasks.held_out_init_states) * len(run.recipe.evaluation.sampling_seeds)
+    )
+    text = f"{paired} held-out episodes, the same cells before and after"
+    if paired == manifest:
+        return text
+    faulty = [episode.cell for episode in run.phase("evaluation") if episode.faulty]
+    given_up = manifest - paired - len(set(faulty))
+    reasons = [f"{counted(len(faulty), 'episode')} ended in a fault"] if faulty else []
+    reasons += [f"{given_up} never ended"] if given_up else []
+    return f"{text} ({manifest - paired} of {manifest} cells left out: {', '.join(reasons)})"
 
 
 def _verdict(run: Run, before: float, after: float, p: float) -> str:
@@ -114,10 +130,12 @@ _REFUSED = {
 def _round_sentence(run: Run, index: int, numbers: Mapping[str, Any]) -> str:
     parts = []
     rollouts = [episode for episode in run.phase("rollout") if episode.round == index]
-    rate = rate_of(rollouts)
-    if rate is not None:
+    rate, faults = rate_of(rollouts), sum(episode.faulty for episode in rollouts)
+    if rollouts:
         versions = ", ".join(str(v) for v in sorted({e.policy_version for e in rollouts}))
-        parts.append(f"{rate.episodes} rollouts of version {versions}, {percent(rate.value)} successful.")
+        successful = f", {percent(rate.value)} successful" if rate else ""
+        aside = f"; {faults} more ended in a fault" if faults else ""
+        parts.append(f"{rate.episodes if rate else 0} rollouts of version {versions}{successful}{aside}.")
     if "pairs" in numbers:
         parts.append(
             f"{counted(numbers['pairs'], 'pair')} from {counted(numbers['states'], 'initial state')}, of which "
@@ -152,7 +170,7 @@ def _canary(event: Mapping[str, Any]) -> str:
 
 def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]:
     lines = ["## Success by task and version", "", "![Success by task and version](plots/success.png)", ""]
-    versions, episodes = run.evaluated_versions(), run.phase("evaluation")
+    versions, episodes = run.evaluated_versions(), run.paired_evaluation()
     if not versions:
         return [*lines, "No held-out episodes."]
     heads = [f"version {version}" for version in versions]
@@ -166,8 +184,9 @@ def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]
         change = flips(by_version[0], by_version[-1])
         cells = [_rate(rate_of(part)) for part in by_version]
         lines.append(table_row(name, *cells, *[str(change.gained), str(change.lost)][: len(compared)]))
-    lines += ["", "Successes / episodes, rate and 95 % Wilson interval; a fault counts as a failure."]
+    lines += ["", "Successes / episodes, rate and 95 % Wilson interval."]
     if compared:
+        lines.append("Only cells that every version finished without a fault count.")
         between = f"version {versions[0]} to version {versions[-1]}"
         lines.append(f"Gained and lost: held-out cells whose outcome changed from {between}.")
     return lines
@@ -223,9 +242,10 @@ def _contrasts(contrasts: Sequence[Contrast]) -> list[str]:
 
 def _faults(run: Run) -> list[str]:
     lines = ["## Faults and restarts", ""]
-    reasons = Counter(episode.fault for episode in run.episodes if episode.outcome == "fault")
-    for reason, count in reasons.most_common(10):
-        lines.append(f"* {counted(count, 'episode')} quarantined: {reason}")
+    reasons = Counter((e.phase, e.policy_version, e.fault) for e in run.episodes if e.faulty)
+    for (phase, version, reason), count in reasons.most_common(10):
+        of = f" of version {version}" if version >= 0 else ""
+        lines.append(f"* {counted(count, 'episode')} quarantined ({phase}{of}): {reason}")
     # An event with an attempt number comes from an episode whose actor died; one without it was listed above.
     given_up = [event for event in run.occurrences("quarantined") if "attempt" in event]
     for count, what in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from configs.loader import load_recipe
 from configs.schema import Recipe
 from trajectories.journal import read_journal
-from trajectories.records import Cell, Outcome, Trajectory
+from trajectories.records import Cell, Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +27,6 @@ class Episode:
     outcome: Outcome
     fault: str
     """Why, when outcome is `fault`."""
-    env_steps: int
-    """Simulator steps driven by the policy."""
     policy_version: int
     trajectory_id: str
 
@@ -38,6 +37,10 @@ class Episode:
     @property
     def success(self) -> bool:
         return self.outcome == "success"
+
+    @property
+    def faulty(self) -> bool:
+        return self.outcome == "fault"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,14 @@ class Run:
     def phase(self, name: str) -> list[Episode]:
         """Episodes of one phase, in order."""
         return [episode for episode in self.episodes if episode.phase == name]
+
+    def paired_evaluation(self) -> list[Episode]:
+        """The held-out episodes that count, as in `result.json`: those on cells that every evaluated version finished
+        without a fault."""
+        versions = self.evaluated_versions()
+        episodes = self.phase("evaluation")
+        finished = Counter(episode.cell for episode in episodes if not episode.faulty)
+        return [episode for episode in episodes if finished[episode.cell] == len(versions)]
 
     def evaluated_versions(self) -> list[int]:
         """Versions that drove held-out episodes, oldest first."""
@@ -128,22 +139,12 @@ def _episodes(path: Path) -> Iterable[Episode]:
 
 
 def _episode(line: Mapping[str, Any]) -> Episode:
-    trajectory = Trajectory(
-        cell=Cell(**{name: line[name] for name in ("suite", "task_id", "init_state", "seed")}),
-        decisions=(),
-        outcome=line["outcome"],
-        fault=line["fault"],
-        env_steps=line["env_steps"],
-        policy_version=line["policy_version"],
-        policy_hash=line["policy_hash"],
-    )
     return Episode(
         phase=line["phase"],
         round=line["round"],
-        cell=trajectory.cell,
-        outcome=trajectory.outcome,
-        fault=trajectory.fault,
-        env_steps=trajectory.env_steps,
-        policy_version=trajectory.policy_version,
-        trajectory_id=trajectory.trajectory_id,
+        cell=Cell(**{name: line[name] for name in ("suite", "task_id", "init_state", "seed")}),
+        outcome=line["outcome"],
+        fault=line["fault"],
+        policy_version=line["policy_version"],
+        trajectory_id=line["trajectory_id"],
     )

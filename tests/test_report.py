@@ -28,7 +28,7 @@ tasks:
   task_ids: [0, 2]
   demo_init_states: 0..3
   train_init_states: 0..29
-  held_out_init_states: 30..49
+  held_out_init_states: 40..49
 """
 RESULT = {
     "suite": "libero_object",
@@ -95,6 +95,10 @@ def evaluation_lines(version: int, successes: int) -> list[dict[str, Any]]:
     return [{"phase": "evaluation", "round": -1, **episode_record(e)} for e in episodes]
 
 
+def faulty(line: dict[str, Any], fault: str) -> dict[str, Any]:
+    return line | {"outcome": "fault", "success": False, "fault": fault}
+
+
 def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fault: str = "") -> Path:
     """A two-round run: version 0 evaluated at 40 %, version 1 at 80 %; task 0 has a stored success and failure."""
     folder.mkdir()
@@ -110,9 +114,13 @@ def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fau
     for episode in rollouts:
         save_trajectory(folder / "trajectories" / f"{episode.trajectory_id}.trajectory", episode)
     lines = [{"phase": "rollout", "round": 0, **episode_record(e)} for e in rollouts]
+    before, after = evaluation_lines(0, 4), evaluation_lines(1, 8)
     if fault:
-        lines.append(lines[2] | {"seed": 1001, "outcome": "fault", "fault": fault})
-    write_lines(folder / "episodes.jsonl", lines + evaluation_lines(0, 4) + evaluation_lines(1, 8))
+        spoilt = trajectory(2, 5, 1001, success=False, version=0, decisions=1)
+        lines.append({"phase": "rollout", "round": 0, **faulty(episode_record(spoilt), fault)})
+        # Task 2 from state 40: version 0 succeeded there.
+        after[10] = faulty(after[10], fault)
+    write_lines(folder / "episodes.jsonl", lines + before + after)
     counts = {
         "pairs": pairs,
         "states": 10,
@@ -262,10 +270,25 @@ def test_faults_and_restarts_are_counted(tmp_path: Path) -> None:
     ]
     folder = write_run(tmp_path / "toy", events=[PROMOTED, *events], fault="InvalidActionError: nan")
     text = write_report(folder).read_text()
-    assert "* 1 episode quarantined: InvalidActionError: nan" in text
+    assert "* 1 episode quarantined (rollout of version 0): InvalidActionError: nan" in text
+    assert "* 1 episode quarantined (evaluation of version 1): InvalidActionError: nan" in text
     assert "* 2 episodes run again from the start, because the rollout actor died or hung" in text
     assert "* 1 episode given up: the rollout actor died each time" in text
     assert "* 1 rollout actor restarted: an episode took longer than 600 s" in text
+
+
+def test_a_fault_is_neither_success_nor_failure_and_takes_its_cell_out_of_the_comparison(
+    tmp_path: Path,
+) -> None:
+    folder = write_run(tmp_path / "toy", events=[PROMOTED], fault="InvalidActionError: nan")
+    (folder / "result.json").write_text(json.dumps(RESULT | {"held_out_episodes": 19}) + "\n")
+    text = write_report(folder).read_text()
+    assert (
+        "19 held-out episodes, the same cells before and after (1 of 20 cells left out: 1 episode ended in a fault)."
+    ) in text
+    assert "| 3/9 = 33.3 % (12.1 to 64.6 %) | 7/9 = 77.8 % (45.3 to 93.7 %) | 4 | 0 |" in text
+    assert "| **all** | 7/19 = 36.8 % (19.1 to 59.0 %) | 15/19 = 78.9 % (56.7 to 91.5 %) | 8 | 0 |" in text
+    assert "3 rollouts of version 0, 33.3 % successful; 1 more ended in a fault." in text
 
 
 def test_an_unfinished_run_gets_a_report_of_what_there_is(tmp_path: Path) -> None:
