@@ -92,7 +92,7 @@ class Variant:
                 rows=self._pool.rows(trajectory)[
                     torch.randperm(DECISIONS, generator=self._generator)[:count]
                 ],
-                weight=DECISIONS / count,
+                weights=torch.full((count,), DECISIONS / count),
             )
             for trajectory in self._trajectories
         ]

@@ -147,7 +147,12 @@ class PreferencePart(Part):
     """One learning round: DPO with its anchors. Weights of zero switch a term off."""
 
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO form")
-    beta: float = Field(0.02, gt=0, description="DPO inverse temperature, on summed token log-ratios")
+    credit: Literal["value", "uniform"] = Field(
+        "value",
+        description="what a trajectory's log-ratio sums: `value`, its decisive chunks, weighted by how much each "
+        "changed the estimated chance of success; `uniform`, all its chunks alike",
+    )
+    beta: float = Field(0.1, gt=0, description="DPO inverse temperature, on summed token log-ratios")
     reference: Literal["behaviour", "start"] = Field(
         "behaviour",
         description="reference policy: the one that produced each trajectory (its recorded log-probs), or the "
@@ -167,7 +172,10 @@ class PreferencePart(Part):
     steps: int = Field(150, ge=1, description="optimizer steps per round")
     pairs_per_step: int = Field(4, ge=1, description="pairs per optimizer step")
     decisions_per_trajectory: int = Field(
-        12, ge=1, description="decisions drawn from each side of a pair at a step (unbiased, rescaled)"
+        4,
+        ge=1,
+        description="decisions of each side of a pair in a step: with value credit the most decisive, else drawn at "
+        "random and rescaled to the whole trajectory's sum",
     )
     batch_size: int = Field(32, ge=1, description="decisions per step for the success and demo terms")
     pairs_per_state: int = Field(
@@ -218,7 +226,7 @@ class ServingPart(Part):
 
     actors: int = Field(1, ge=1, description="policy actors")
     max_batch: int = Field(16, ge=1, description="most requests answered in one forward pass")
-    max_wait_ms: float = Field(5.0, ge=0, description="longest a request waits for others")
+    max_wait_ms: float = Field(30.0, ge=0, description="longest a request waits for others")
     threads: int = Field(1, ge=1, description="torch threads of each policy actor")
     cpus_per_actor: float = Field(0.5, gt=0, description="CPUs Ray reserves for each policy actor")
     gpus_per_actor: float = Field(0.0, ge=0, description="GPUs Ray reserves for each policy actor")

@@ -103,6 +103,11 @@ class DecisionPool:
         """Row numbers, int64, of a held trajectory's decisions in order."""
         return self._rows[trajectory.trajectory_id]
 
+    def features(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the policy sees, in brief: mean image token and proprioception, float32 [rows, D + 8], on the CPU."""
+        seen = torch.cat([self._image_tokens[rows].mean(dim=1), self._batch.proprio_BP[rows]], dim=1)
+        return seen.float().cpu()
+
     def score(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities under the policy as it is, float32 [rows, L], differentiable."""
         return self._policy.score(take(self._batch, rows), self._image_tokens[rows])

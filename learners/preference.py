@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from configs.schema import AdapterPart, GuardPart, PreferencePart
+from learners.credit import credits, decisive
 from learners.decisions import DecisionPool
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
 from learners.terms import Draw, Side, accumulate_gradients, chosen_logratio
@@ -64,6 +65,7 @@ class PreferenceLearner:
         self._parameters = adapters.parameters(policy.module)
         self._initial = self.adapter()
         self._pool = DecisionPool(policy, start_reference=preference.reference == "start")
+        self._credit: dict[str, torch.Tensor] = {}
         self.reset_optimizer()
 
     def update(
@@ -95,6 +97,7 @@ class PreferenceLearner:
             )
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         self._pool.hold([*sides, *successes, *demos])
+        self._credit = self._credits([*sides, *successes]) if pairs and part.credit == "value" else {}
         before = self._remember()
         history: list[dict[str, float]] = []
         with self._training():
@@ -208,9 +211,26 @@ class PreferenceLearner:
             )
 
     def _side(self, trajectory: Trajectory) -> Side:
-        rows = self._pool.rows(trajectory)
-        drawn = self._some(rows, self._part.decisions_per_trajectory)
-        return Side(rows=drawn, weight=len(rows) / len(drawn))
+        rows, most = self._pool.rows(trajectory), self._part.decisions_per_trajectory
+        if self._part.credit == "value":
+            credit = self._credit[trajectory.trajectory_id]
+            indices, weights = decisive(credit, success=trajectory.success, most=most)
+            return Side(rows=rows[indices], weights=weights)
+        drawn = self._some(rows, most)
+        return Side(rows=drawn, weights=torch.full((len(drawn),), len(rows) / len(drawn)))
+
+    def _credits(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
+        """Credit of every decision by trajectory id; initial states of a task are the groups."""
+        distinct = list({t.trajectory_id: t for t in trajectories}.values())
+        tasks = sorted({(t.cell.suite, t.cell.task_id) for t in distinct})
+        features = []
+        for t in distinct:
+            seen = self._pool.features(self._pool.rows(t))
+            which = torch.zeros(len(seen), len(tasks))
+            which[:, tasks.index((t.cell.suite, t.cell.task_id))] = 1
+            features.append(torch.cat([seen, which], dim=1))
+        found = credits(features, [t.success for t in distinct], [t.cell.init_state for t in distinct])
+        return {t.trajectory_id: credit for t, credit in zip(distinct, found, strict=True)}
 
     def _some(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """Up to `count` of the rows, without replacement."""

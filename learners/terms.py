@@ -1,6 +1,6 @@
 """One optimizer step's draw of decisions, and the gradient of its loss, in micro-batches.
 
-    loss =   preference_weight * mean over pairs of DPO(log-ratio sums of the two trajectories)
+    loss =   preference_weight * mean over pairs of DPO(weighted log-ratio sums of the two trajectories)
            + anchor_weight     * mean over the chosen decisions drawn of -log pi per token
            + success_weight    * mean over successful decisions drawn of -log pi per token
            + demo_weight       * mean over demonstrated decisions drawn of -log pi per token
@@ -26,12 +26,12 @@ MICRO_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """Decisions drawn from one trajectory: n of its T, without replacement."""
+    """Decisions drawn from one trajectory."""
 
     rows: torch.Tensor
     """int64 [n], row numbers in the pool."""
-    weight: float
-    """T / n."""
+    weights: torch.Tensor
+    """float32 [n], what each one's log-ratio counts in the trajectory's sum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +147,7 @@ def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.T
     """Weighted sums, float [sides], of the decisions' log-ratios, float [D], in the order of the sides."""
     sizes = torch.tensor([len(side.rows) for side in sides])
     owners = torch.arange(len(sides)).repeat_interleave(sizes)
-    weights = torch.tensor([side.weight for side in sides]).repeat_interleave(sizes)
+    weights = torch.cat([side.weights for side in sides])
     device = log_ratios.device
     return dpo.sum_by_trajectory(log_ratios, owners.to(device), weights.to(device), len(sides))
 

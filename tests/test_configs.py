@@ -250,7 +250,7 @@ def test_yaml_scalars_follow_version_1_2() -> None:
 def test_help_lists_every_key_with_a_meaning() -> None:
     rows = {row.path: row for row in describe_recipe()}
     assert rows["preference.beta"].type == "number > 0"
-    assert rows["preference.beta"].default == "0.02"
+    assert rows["preference.beta"].default == "0.1"
     assert rows["tasks.suite"].default == "required"
     assert rows["environment.max_steps"].type == "whole number >= 1 or null"
     assert rows["adapter.method"][1:3] == ("one of lora, dora", "dora")

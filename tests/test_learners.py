@@ -169,13 +169,16 @@ def test_recorded_and_recomputed_references_agree_on_the_start_policy_s_own_epis
         assert recorded == pytest.approx(recomputed, abs=1e-3)
 
 
+@pytest.mark.parametrize(("credit", "beta"), [("value", 0.5), ("uniform", 0.1)])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_learning_tells_chosen_from_rejected(method: str) -> None:
+def test_learning_tells_chosen_from_rejected(method: str, credit: str, beta: float) -> None:
     policy = new_policy()
     pairs = pairs_of(policy, 4)
     successes = [pair.chosen for pair in pairs]
     demos = [demonstration(seed=50)]
-    part = PreferencePart(steps=40, lr=5e-3, beta=0.1, success_weight=1, demo_weight=1)
+    part = PreferencePart(
+        steps=40, lr=5e-3, credit=credit, beta=beta, decisions_per_trajectory=10, demo_weight=1
+    )
     learner = new_learner(policy, part, AdapterPart(method=method, rank=4, alpha=8))
     steps: list[int] = []
     report = learner.update(pairs, successes, demos, on_step=lambda step, metrics: steps.append(step))
@@ -221,8 +224,8 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     some = torch.tensor([1, 3, 4, 8])
     sides = [
         (
-            Side(rows=pool.rows(pair.chosen), weight=1.0),
-            Side(rows=pool.rows(pair.rejected)[some], weight=len(pair.rejected.decisions) / 4),
+            Side(rows=pool.rows(pair.chosen), weights=torch.ones(len(pair.chosen.decisions))),
+            Side(rows=pool.rows(pair.rejected)[some], weights=torch.tensor([0.1, 0.2, 0.3, 2.0])),
         )
         for pair in pairs
     ]
@@ -251,9 +254,8 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
         anchors.append(-chosen)
         rejected = (score(pair.rejected) - recorded(pair.rejected))[some].sum(-1)
         held.append(rejected < -0.02 * TOKENS)
-        margin = (chosen - recorded(pair.chosen)).sum() - side.weight * rejected.clamp(
-            min=-0.02 * TOKENS
-        ).sum()
+        bounded = rejected.clamp(min=-0.02 * TOKENS)
+        margin = (chosen - recorded(pair.chosen)).sum() - (side.weights * bounded).sum()
         losses.append(-torch.nn.functional.logsigmoid(0.05 * margin))
     whole = (
         torch.stack(losses).mean()
@@ -290,7 +292,9 @@ def test_the_floor_keeps_rejected_chunks_from_dragging_the_chosen_down() -> None
     for floor in (0.05, 50.0):
         policy = new_policy()
         pairs = pairs_of(policy, 2)
-        part = PreferencePart(steps=60, lr=2e-3, beta=0.1, rejected_floor=floor, anchor_weight=0)
+        part = PreferencePart(
+            steps=60, lr=2e-3, credit="uniform", rejected_floor=floor, decisions_per_trajectory=12, anchor_weight=0
+        )
         final[floor] = new_learner(policy, part, drop=50).update(pairs, (), ()).metrics
     assert final[50.0]["margin"] > final[0.05]["margin"] > 1
     assert final[50.0]["held"] == 0
