@@ -1,4 +1,9 @@
-"""The driver's handle on the rollout actors: keeps them busy, replaces the dead and the hung, loses no cell."""
+"""The driver's handle on the rollout actors: keeps them busy, replaces the dead and the hung, loses no cell.
+
+When an actor dies, one of the cells that shared it may be to blame, and which one is not known. So all of them become
+suspects: each is run again alone on an actor, once the others are done, and only a cell whose actor dies then is
+charged with it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from trajectories.records import Cell
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""A cell whose actor dies this often is quarantined instead of taking another actor down."""
+"""A cell whose actor dies this often under it alone is quarantined instead of taking another actor down."""
 
 Launch = Callable[[Any, Cell], list[ray.ObjectRef]]
 """Starts one cell on one actor; returns the refs of (record, trajectory)."""
@@ -28,6 +33,8 @@ class _Running:
     cell: Cell
     actor: int
     trajectory: ray.ObjectRef
+    shared: bool
+    """Whether another cell has been running on the same actor meanwhile."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -47,21 +54,27 @@ class Fleet:
         self._timeout_s = timeout_s
         self._on_event = on_event
         self._away: dict[int, ray.ObjectRef] = {}
+        """Actors that died -> what answers when they are back."""
+        self._killed: dict[int, str] = {}
+        """Actors this fleet ended -> why."""
 
     def run(self, cells: Sequence[Cell], launch: Launch) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
         """Run every cell once. Yields (episode record, ref of the trajectory).
 
-        A cell whose actor dies or hangs is run again from its initial state, up to MAX_ATTEMPTS times. Every cell
-        ends in exactly one yield or one `quarantined` event.
+        A cell whose actor dies or hangs is run again alone from its initial state, until MAX_ATTEMPTS actors have died
+        under it alone. Every cell ends in exactly one yield or one `quarantined` event.
         """
         pending = deque(cells)
+        suspects: deque[Cell] = deque()
         attempts: dict[Cell, int] = {}
         running: dict[ray.ObjectRef, _Running] = {}
         wanted: list[tuple[str, int] | None] = [None] * len(self.actors)
         try:
-            while pending or running:
+            while pending or suspects or running:
                 self._greet()
                 self._assign(pending, running, wanted, launch)
+                if not pending:
+                    self._assign_alone(suspects, running, launch)
                 if not running:
                     time.sleep(0.5)  # every actor is restarting
                     continue
@@ -76,8 +89,8 @@ class Fleet:
                             error, RayTaskError
                         ):  # somebody else died, while this actor waited for it
                             raise
-                        self._away.setdefault(run.actor, self.actors[run.actor].__ray_ready__.remote())
-                        self._requeue(run, pending, attempts, reason=type(error).__name__)
+                        self._note_death(run.actor, reason=type(error).__name__)
+                        self._requeue(run, suspects, attempts, reason=type(error).__name__)
                         continue
                     yield record, run.trajectory
                 self._replace_hung(running)
@@ -101,9 +114,31 @@ class Fleet:
             cell = next((c for c in pending if (c.suite, c.task_id) == wanted[actor]), pending[0])
             wanted[actor] = None
             pending.remove(cell)
-            record, trajectory = launch(self.actors[actor], cell)
-            running[record] = _Running(cell, actor, trajectory)
+            for run in running.values():
+                run.shared = run.shared or run.actor == actor
+            self._start(cell, actor, running, launch, shared=loads[actor] > 0)
             loads[actor] += 1
+
+    def _assign_alone(
+        self, suspects: deque[Cell], running: dict[ray.ObjectRef, _Running], launch: Launch
+    ) -> None:
+        """Give each idle actor one suspect. Nothing else is pending then, so it stays alone there."""
+        busy = {run.actor for run in running.values()} | self._away.keys()
+        for actor in range(len(self.actors)):
+            if suspects and actor not in busy:
+                self._start(suspects.popleft(), actor, running, launch, shared=False)
+
+    def _start(
+        self,
+        cell: Cell,
+        actor: int,
+        running: dict[ray.ObjectRef, _Running],
+        launch: Launch,
+        *,
+        shared: bool,
+    ) -> None:
+        record, trajectory = launch(self.actors[actor], cell)
+        running[record] = _Running(cell, actor, trajectory, shared)
 
     def _greet(self) -> None:
         """Take back the actors that have restarted: a cell sent to one that is still away would be lost on it."""
@@ -117,10 +152,18 @@ class Fleet:
             else:
                 del self._away[actor]
 
+    def _note_death(self, actor: int, *, reason: str) -> None:
+        """Record the death of an actor once, however many cells it takes along."""
+        if actor in self._away:
+            return
+        self._away[actor] = self.actors[actor].__ray_ready__.remote()
+        why = self._killed.pop(actor, f"its process died ({reason})")
+        self._on_event({"event": "actor_restarted", "actor": actor, "reason": why})
+
     def _requeue(
-        self, run: _Running, pending: deque[Cell], attempts: dict[Cell, int], *, reason: str
+        self, run: _Running, suspects: deque[Cell], attempts: dict[Cell, int], *, reason: str
     ) -> None:
-        attempts[run.cell] = attempts.get(run.cell, 0) + 1
+        attempts[run.cell] = attempts.get(run.cell, 0) + (not run.shared)
         event = {
             "cell": run.cell.key,
             "actor": run.actor,
@@ -131,20 +174,14 @@ class Fleet:
             self._on_event({"event": "quarantined", **event})
         else:
             self._on_event({"event": "requeued", **event})
-            pending.append(run.cell)
+            suspects.append(run.cell)
 
     def _replace_hung(self, running: dict[ray.ObjectRef, _Running]) -> None:
         """Restart actors that sit on an episode for too long; their episodes then fail and are queued again."""
         now = time.monotonic()
         hung = {run.actor for run in running.values() if now - run.started > self._timeout_s}
         for actor in hung:
-            self._on_event(
-                {
-                    "event": "actor_restarted",
-                    "actor": actor,
-                    "reason": f"an episode took longer than {self._timeout_s:.0f} s",
-                }
-            )
+            self._killed[actor] = f"an episode took longer than {self._timeout_s:.0f} s"
             for run in running.values():
                 if run.actor == actor:
                     run.started = now

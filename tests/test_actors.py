@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -154,6 +155,36 @@ def test_fleet_replaces_the_dead_and_the_hung_and_loses_no_cell(cluster: None, t
     ]
     assert sorted(done) == sorted(c.key for c in cells if c.init_state != 3)
     assert [e["cell"] for e in events if e["event"] == "quarantined"] == [cell(3).key]
-    assert [e["reason"] for e in events if e["event"] == "actor_restarted"] == [
-        "an episode took longer than 15 s"
+    restarts = [e["reason"] for e in events if e["event"] == "actor_restarted"]
+    assert restarts.count("an episode took longer than 15 s") == 1
+    assert len(restarts) == 5  # state 1 once, state 2 once, state 3 three times
+
+
+@ray.remote
+class SharedWorker:
+    """A rollout actor's shell in which several episodes are under way when one of them ends the process."""
+
+    async def work(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        await asyncio.sleep(0.5)
+        if cell.init_state == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        await asyncio.sleep(0.5)
+        return {"cell": cell.key}, cell.key
+
+
+@pytest.mark.ray
+def test_a_cell_that_kills_its_actor_is_not_charged_to_its_neighbours(cluster: None) -> None:
+    events: list[dict[str, Any]] = []
+    worker = SharedWorker.options(num_cpus=0.1, max_restarts=-1, max_concurrency=4).remote()  # type: ignore[attr-defined]
+    fleet = Fleet([worker], slots=4, timeout_s=60.0, on_event=events.append)
+    cells = [cell(s) for s in range(6)]
+    done = [
+        record["cell"]
+        for record, _ in fleet.run(cells, lambda actor, c: actor.work.options(num_returns=2).remote(c))
     ]
+    assert sorted(done) == sorted(c.key for c in cells if c.init_state != 3)
+    assert {e["cell"] for e in events if e.get("attempt")} == {cell(3).key}
+    assert [e["cell"] for e in events if e["event"] == "quarantined"] == [cell(3).key]
+    neighbours = {e["cell"] for e in events if e["event"] == "requeued"} - {cell(3).key}
+    assert neighbours == {cell(s).key for s in (0, 1, 2)}
+    assert sum(e["event"] == "actor_restarted" for e in events) == 4
