@@ -137,7 +137,7 @@ def _error_bars(
 
 
 def plot_pairs(run: Run, path: Path) -> Path:
-    """Left: pairs mined in each round. Right: what became of each round's initial states."""
+    """Left: pairs that each round learned from. Right: the groups of episodes that they were mined from."""
     rounds = sorted(index for index, line in run.rounds().items() if "pairs" in line)
     lines = [run.rounds()[index] for index in rounds]
 
@@ -145,7 +145,7 @@ def plot_pairs(run: Run, path: Path) -> Path:
         left, right = figure.subplots(1, 2)
         bars = left.bar(rounds, [line["pairs"] for line in lines], width=0.6, color=BLUE)
         left.bar_label(bars, padding=2)
-        left.set(title="Pairs mined", xlabel="round", ylabel="pairs")
+        left.set(title="Pairs to learn from", xlabel="round", ylabel="pairs")
         alike = ("states_all_success", "states_all_failure", "states_unpairable_other")
         mixed = [line["states"] - sum(line[name] for name in alike) for line in lines]
         floor = [0.0] * len(lines)
@@ -162,7 +162,7 @@ def plot_pairs(run: Run, path: Path) -> Path:
             )
             right.bar_label(bars, [str(n) if n else "" for n in counts], label_type="center", **_INSIDE)
             floor = [a + b for a, b in zip(floor, counts, strict=True)]
-        right.set(title="Initial states, by their outcomes", xlabel="round", ylabel="initial states")
+        right.set(title="Groups of rollouts, by outcome", xlabel="round", ylabel="initial states x versions")
         if lines:
             right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for axes in (left, right):
@@ -213,17 +213,18 @@ def _updates(run: Run) -> list[_Updates]:
 
 
 def plot_margins(run: Run, path: Path) -> Path:
-    """Preference margin, implicit rewards and the chosen side's log-ratio over the optimizer steps of all rounds."""
+    """Preference margin, implicit rewards and log-ratios over the optimizer steps of all rounds."""
     rounds = _updates(run)
 
     def fill(figure: Figure) -> None:
-        margin, rewards, chosen = figure.subplots(1, 3)
+        margin, rewards, ratios = figure.subplots(1, 3)
         for updates in rounds:
             for axes, name, colour, dash, label in (
                 (margin, "margin", BLUE, "-", None),
                 (rewards, "chosen_reward", BLUE, "-", "chosen"),
                 (rewards, "rejected_reward", VERMILLION, "--", "rejected"),
-                (chosen, "chosen_logratio", BLUE, "-", None),
+                (ratios, "chosen_logratio", BLUE, "-", "chosen"),
+                (ratios, "rejected_logratio", VERMILLION, "--", "rejected"),
             ):
                 # A legend entry for the first round speaks for all.
                 named = label if updates is rounds[0] else None
@@ -231,9 +232,10 @@ def plot_margins(run: Run, path: Path) -> Path:
                 axes.plot(updates.x, values, dash, marker="o", markersize=2.5, color=colour, label=named)
         margin.set(title="Margin, chosen - rejected", ylabel="beta x nats")
         rewards.set(title="Rewards", ylabel="beta x nats")
-        chosen.axhline(-run.recipe.guard.chosen_drop, color=VERMILLION, ls=":", label="tripwire")
-        chosen.set(title="Chosen log-ratio", ylabel="nats per token")
-        for axes in (margin, rewards, chosen):
+        ratios.set(title="Log-ratios", ylabel="nats per token")
+        _limit(ratios, -run.recipe.guard.chosen_drop, "tripwire for chosen", BLUE)
+        _limit(ratios, -run.recipe.preference.rejected_floor, "floor for rejected", VERMILLION)
+        for axes in (margin, rewards, ratios):
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
             axes.set_xlabel("optimizer step, all rounds in order")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -242,8 +244,25 @@ def plot_margins(run: Run, path: Path) -> Path:
                 axes.legend(**_BESIDE_TITLE)
             if not rounds:
                 _nothing(axes, "no updates")
+            elif axes is not ratios and all(line.get("margin") is None for u in rounds for line in u.lines):
+                _nothing(axes, "no pairs")
 
     return draw(path, 11.5, 3.3, fill)
+
+
+def _limit(axes: Axes, value: float, text: str, colour: str) -> None:
+    """A dotted line at a limit, with its name on it."""
+    axes.axhline(value, color=colour, ls=":")
+    axes.annotate(
+        text,
+        (1, value),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=colour,
+    )
 
 
 def _mark_rounds(axes: Axes, rounds: Sequence[_Updates], run: Run) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from dashboard.plots import plot_margins, plot_pairs, plot_success
 from dashboard.rates import Rate, flips, rate_of
 from dashboard.run_folder import Run, read_run
+from dashboard.story import story
 from dashboard.videos import Contrast, find_contrasts, task_instructions, write_strip, write_video
 from dashboard.wording import counted, duration, interval, number, p_value, percent, table_row
 
@@ -42,11 +43,12 @@ def write_report(run_folder: Path) -> Path:
         write_strip(contrast, run_folder / "videos" / f"{contrast.name}.png")
     sections = (
         _result(run),
-        _story(run),
+        story(run),
         _success(run, task_instructions(run)),
         _learning(run),
-        _contrasts(contrasts),
         _faults(run),
+        _contrasts(contrasts),
+        _speed(run),
         _stack(run),
     )
     report = run_folder / "report.md"
@@ -60,13 +62,14 @@ def _result(run: Run) -> list[str]:
     ids = ", ".join(str(task_id) for task_id in tasks.task_ids)
     where = f"{tasks.suite}, task{'s' if len(tasks.task_ids) > 1 else ''} {ids}"
     if not run.result:
-        return [*lines, f"**This run did not finish:** it left no result. {where}."]
+        return [*lines, f"**This run did not finish:** it left no result. {where}; {_method(run)}."]
     result = run.result
     before, after, p = result["success_before"], result["success_after"], result["mcnemar_p"]
     lines += [
         f"**Held-out success {percent(before)} -> {percent(after)}** ({_verdict(run, before, after, p)})",
         "",
-        f"{where}; {_held_out(run)}.",
+        f"{where}; {_method(run)}.",
+        f"{_held_out(run)}.",
         f"95 % Wilson intervals: {interval(result['wilson_before'])} before, "
         f"{interval(result['wilson_after'])} after. Exact McNemar test on the paired cells: p {p_value(p)}.",
         f"{duration(result['wall_s'])} in all; {result['env_steps_per_s']:.0f} simulator steps per second.",
@@ -76,13 +79,22 @@ def _result(run: Run) -> list[str]:
     return lines
 
 
+def _method(run: Run) -> str:
+    """What learned and from what, in brief."""
+    recipe = run.recipe
+    adapter = f"{ {'lora': 'LoRA', 'dora': 'DoRA'}[recipe.adapter.method] } of rank {recipe.adapter.rank}"
+    part = recipe.preference
+    loss = f"{part.loss} DPO with beta {part.beta:g}" if part.preference_weight else "no preference term"
+    return f"{adapter}, {loss}, {recipe.schedule} schedule, training seed {recipe.seed}"
+
+
 def _held_out(run: Run) -> str:
     """How many cells the result rests on, and how many of the manifest it leaves out."""
     tasks, paired = run.recipe.tasks, run.result["held_out_episodes"]
     manifest = (
         len(tasks.task_ids) * len(tasks.held_out_init_states) * len(run.recipe.evaluation.sampling_seeds)
     )
-    text = f"{paired} held-out episodes, the same cells before and after"
+    text = f"{counted(paired, 'held-out episode')}, the same cells before and after"
     if paired == manifest:
         return text
     faulty = [episode.cell for episode in run.phase("evaluation") if episode.faulty]
@@ -98,74 +110,6 @@ def _verdict(run: Run, before: float, after: float, p: float) -> str:
     if p >= 0.05:
         return "no significant difference on this many episodes"
     return "a significant improvement" if after > before else "significantly worse"
-
-
-def _story(run: Run) -> list[str]:
-    decided = Counter(str(event["event"]) for event in run.occurrences("promoted", *_REFUSED))
-    promoted = [event["version"] for event in run.occurrences("promoted")]
-    refused = ", ".join(f"{decided[kind]} {words}" for kind, words in _REFUSED.items() if decided[kind])
-    lines = [
-        "## What happened",
-        "",
-        f"{counted(len(promoted), 'new version')} promoted, {refused or 'none refused'}. "
-        f"**The fleet ends on version {promoted[-1] if promoted else 0}.**",
-        "",
-    ]
-    demos = sum(episode.success for episode in run.phase("demonstration"))
-    if demos:
-        lines.append(f"* Supervised start on {counted(demos, 'scripted demonstration')}: version 0.")
-    for index, numbers in sorted(run.rounds().items()):
-        lines.append(f"* **Round {index}.** {_round_sentence(run, index, numbers)}")
-    return lines
-
-
-_REFUSED = {
-    "rolled_back": "rolled back by the canary",
-    "tripped": "stopped by the tripwire",
-    "skipped": "skipped for want of data",
-}
-"""Events that keep the version in force, and how the summary puts them."""
-
-
-def _round_sentence(run: Run, index: int, numbers: Mapping[str, Any]) -> str:
-    parts = []
-    rollouts = [episode for episode in run.phase("rollout") if episode.round == index]
-    rate, faults = rate_of(rollouts), sum(episode.faulty for episode in rollouts)
-    if rollouts:
-        versions = ", ".join(str(v) for v in sorted({e.policy_version for e in rollouts}))
-        successful = f", {percent(rate.value)} successful" if rate else ""
-        aside = f"; {faults} more ended in a fault" if faults else ""
-        parts.append(f"{rate.episodes if rate else 0} rollouts of version {versions}{successful}{aside}.")
-    if "pairs" in numbers:
-        parts.append(
-            f"{counted(numbers['pairs'], 'pair')} from {counted(numbers['states'], 'initial state')}, of which "
-            f"{numbers['states_all_success']} gave only successes and {numbers['states_all_failure']} only failures."
-        )
-    parts += [_fate(event) for event in run.events if event.get("round") == index]
-    return " ".join(part for part in parts if part)
-
-
-def _fate(event: Mapping[str, Any]) -> str:
-    """What an event decided about a new version, in a sentence; empty for events that decide nothing."""
-    match event["event"]:
-        case "promoted":
-            return f"Version {event['version']} was **promoted**: {_canary(event)}."
-        case "rolled_back":
-            return f"Version {event['version']} was **rolled back** by the canary: {_canary(event)}."
-        case "tripped":
-            return (
-                f"The update was **stopped by the tripwire**: {event['reason']}. The fleet kept its version."
-            )
-        case "skipped":
-            return f"No update: {event['reason']}."
-    return ""
-
-
-def _canary(event: Mapping[str, Any]) -> str:
-    return (
-        f"{event['after']} successes on {event['cells']} canary cells against {event['before']} of the version in "
-        f"force (one-sided McNemar test of being worse: p {p_value(event['p_worse'])})"
-    )
 
 
 def _success(run: Run, instructions: Mapping[tuple[str, int], str]) -> list[str]:
@@ -201,22 +145,44 @@ def _learning(run: Run) -> list[str]:
     lines = [
         "## Pairs and learning",
         "",
-        "![Pairs mined](plots/pairs.png)",
+        "![Pairs](plots/pairs.png)",
         "",
         "![Margins](plots/margins.png)",
         "",
     ]
     if not any(numbers.get("pairs") for numbers in run.rounds().values()):
         lines += ["No pairs were mined: no initial state gave both a success and a failure.", ""]
-    columns = (
-        ("rollouts", "episodes", 0),
-        ("successes", "successes", 0),
+    lines += _by_round(
+        run,
         ("pairs", "pairs", 0),
+        ("steps", "steps", 0),
+        ("margin", "margin", 2),
+        ("ranked right", "accuracy", 2),
+        ("chosen log-ratio", "chosen_logratio", 3),
+        ("rejected log-ratio", "rejected_logratio", 3),
+    )
+    lag = run.recipe.preference.max_staleness
+    return [
+        *lines,
+        "",
+        "A group is every episode from one initial state under one version; pairs are within a group. A round learns "
+        f"from all pairs of versions at most {lag} behind, the canary's episodes among them. Margin, share of pairs "
+        "ranked right and log-ratios (nats per token, to the reference policy) are means of the last steps.",
+    ]
+
+
+def _speed(run: Run) -> list[str]:
+    columns = (
         ("env steps/s", "env_steps_per_s", 1),
         ("decisions per batch", "batch_fill", 1),
         ("ms per batch", "act_ms", 1),
     )
-    lines += [
+    return ["## Speed of the rollouts", "", *_by_round(run, *columns)]
+
+
+def _by_round(run: Run, *columns: tuple[str, str, int]) -> list[str]:
+    """A table of rounds; a column is a heading, the metric's name and its decimals."""
+    lines = [
         table_row("round", *[head for head, _, _ in columns]),
         table_row(*["---:"] * (len(columns) + 1)),
     ]

@@ -63,9 +63,9 @@ class Run:
         return [line for line in self.metrics if line.get("stage") in names]
 
     def rounds(self) -> dict[int, dict[str, Any]]:
-        """Round -> its numbers of collecting and pairing, merged."""
+        """Round -> its numbers of collecting, pairing and learning, merged; of a name in two stages, the later's."""
         merged: dict[int, dict[str, Any]] = {}
-        for line in self.stage("rollout", "pairs"):
+        for line in self.stage("rollout", "pairs", "learned"):
             merged.setdefault(int(line["round"]), {}).update(line)
         return merged
 

@@ -23,6 +23,8 @@ TASKS = (0, 2)
 INSTRUCTIONS = {0: "pick up the alphabet soup and place it in the basket", 2: "pick up the salad dressing"}
 RECIPE = """
 name: toy
+preference:
+  beta: 0.02
 tasks:
   suite: libero_object
   task_ids: [0, 2]
@@ -148,9 +150,13 @@ def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fau
                 "version": 0,
                 "step": step,
                 "chosen_logratio": 0.01 * step,
+                "rejected_logratio": -0.02 * step,
                 **reward,
             }
         )
+    stopped = "tripped" if any(event["event"] == "tripped" for event in events) else ""
+    learned = metrics[-1] | {"stage": "learned", "steps": 10, "stopped": stopped, "accuracy": 0.75}
+    metrics.append(learned)
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "events.jsonl", events)
     return folder
@@ -184,7 +190,13 @@ def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
     assert "p = 0.0078" in text
     assert "12 min 34 s in all; 153 simulator steps per second" in text
     assert "not comparable with published tables" in text
-    assert "7 pairs from 10 initial states, of which 2 gave only successes and 3 only failures" in text
+    assert "7 pairs from 10 groups of rollouts, of which 2 gave only successes and 3 only failures" in text
+    assert (
+        "10 steps to a margin of 0.20, the chosen log-ratio at +0.100 nats per token (tripwire at -0.5)."
+        in text
+    )
+    assert "| 0 | 7 | 10 | 0.20 | 0.75 | 0.100 | -0.200 |" in text
+    assert "DoRA of rank 32, sigmoid DPO with beta 0.02, synchronous schedule, training seed 0." in text
     assert "Version 1 was **promoted**: 26 successes on 40 canary cells against 17" in text
     assert "**The fleet ends on version 1.**" in text
     # k=4 of 10: the interval is Wilson's, (0.168, 0.687) by his formula.
@@ -228,6 +240,21 @@ def test_a_rollback_is_told(tmp_path: Path) -> None:
     assert "0 new versions promoted, 1 rolled back by the canary. **The fleet ends on version 0.**" in text
 
 
+def test_faults_of_a_candidate_are_told_with_its_trial(tmp_path: Path) -> None:
+    verdict = PROMOTED | {"event": "rolled_back", "after": 2, "p_worse": 0.00001}
+    folder = write_run(tmp_path / "toy", events=[verdict])
+    spoilt = episode_record(trajectory(0, 3, 1000, success=False, version=1, decisions=1))
+    write_lines(folder / "episodes.jsonl", [{"phase": "canary", "round": 0, **faulty(spoilt, "no answer")}])
+    text = write_report(folder).read_text()
+    assert "2 successes on 40 canary cells, 1 fault among the failures, against 17 of the version" in text
+
+
+def test_a_start_that_was_taken_up_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "toy", events=[])
+    (folder / "recipe.yaml").write_text(RECIPE + "start: runs/other\n")
+    assert "* Supervised start taken from `runs/other`: version 0." in write_report(folder).read_text()
+
+
 def test_a_tripped_update_is_told(tmp_path: Path) -> None:
     event = {
         "event": "tripped",
@@ -238,6 +265,7 @@ def test_a_tripped_update_is_told(tmp_path: Path) -> None:
     text = write_report(write_run(tmp_path / "toy", events=[event])).read_text()
     assert "**stopped by the tripwire**: chosen log-prob fell 0.61 nats per token" in text
     assert "1 stopped by the tripwire. **The fleet ends on version 0.**" in text
+    assert "steps to a margin" not in text
     assert "(no new version was promoted, so the start is still in force)" in text
 
 
@@ -296,7 +324,9 @@ def test_an_unfinished_run_gets_a_report_of_what_there_is(tmp_path: Path) -> Non
     folder.mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     text = write_report(folder).read_text()
-    assert "**This run did not finish:** it left no result. libero_object, tasks 0, 2." in text
+    assert (
+        "**This run did not finish:** it left no result. libero_object, tasks 0, 2; DoRA of rank 32" in text
+    )
     assert "No held-out episodes." in text
 
 
