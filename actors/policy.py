@@ -59,6 +59,7 @@ class PolicyServer:
         self._batches = 0
         self._decisions = 0
         self._busy_s = 0.0
+        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
 
     async def act(
         self, observation: Observation, *, seed: int, version: int, temperature: float
@@ -72,13 +73,14 @@ class PolicyServer:
         return await answer
 
     async def pop_stats(self) -> dict[str, float]:
-        """Batches, decisions and busy seconds since the last call."""
+        """Batches, decisions and busy seconds since the last call, and whether the process is another one since."""
         stats = {
             "batches": float(self._batches),
             "decisions": float(self._decisions),
             "busy_s": self._busy_s,
+            "restarted": float(self._restarted),
         }
-        self._batches, self._decisions, self._busy_s = 0, 0, 0.0
+        self._batches, self._decisions, self._busy_s, self._restarted = 0, 0, 0.0, False
         return stats
 
     async def _serve(self) -> None:

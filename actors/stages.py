@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.canary import judge
 from actors.cells import canary_cells
@@ -23,6 +22,8 @@ from trajectories.records import AdapterWeights, Cell, Trajectory
 
 DEMO_ATTEMPTS = 5
 """Perturbed demonstrations tried per one kept, before the expert counts as unable."""
+RESTART_DEADLINE_S = 60.0
+"""How long the end of a sweep waits for policy actors that are restarting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +96,7 @@ def drive(
         faults=len(out.faulted),
         env_steps=out.env_steps,
         env_steps_per_s=round(out.env_steps / out.wall_s, 1),
-        **_serving_stats(crew),
+        **serving_stats(crew, folder),
     )
     return out
 
@@ -270,18 +271,27 @@ def trial(
     return good
 
 
-def _cell(record: dict[str, Any]) -> Cell:
-    return Cell(**{key: record[key] for key in ("suite", "task_id", "init_state", "seed")})
+def serving_stats(crew: Crew, folder: RunFolder) -> dict[str, float]:
+    """How full and how slow the policy actors' batches were since the last call; none when there were no batches.
 
-
-def _serving_stats(crew: Crew) -> dict[str, float]:
-    try:
-        stats = ray.get([policy.pop_stats.remote() for policy in crew.policies])
-    except RayActorError:
-        return {}  # a policy actor is restarting: its counts are gone with it
+    Policy actors that restarted since are put down as events. One that is restarting just now is waited for.
+    """
+    asked = [policy.pop_stats.options(max_task_retries=-1).remote() for policy in crew.policies]
+    ray.wait(asked, num_returns=len(asked), timeout=RESTART_DEADLINE_S)
+    stats = []
+    for actor, ref in enumerate(asked):
+        back = bool(ray.wait([ref], timeout=0)[0])
+        stats += [ray.get(ref)] if back else []
+        if not back or stats[-1]["restarted"]:
+            reason = "its process died" if back else f"it did not answer for {RESTART_DEADLINE_S:.0f} s"
+            folder.event({"event": "actor_restarted", "kind": "policy", "actor": actor, "reason": reason})
     batches = sum(s["batches"] for s in stats)
     decisions = sum(s["decisions"] for s in stats)
     busy = sum(s["busy_s"] for s in stats)
     if not batches:
         return {}
     return {"batch_fill": round(decisions / batches, 2), "act_ms": round(1000 * busy / batches, 1)}
+
+
+def _cell(record: dict[str, Any]) -> Cell:
+    return Cell(**{key: record[key] for key in ("suite", "task_id", "init_state", "seed")})

@@ -17,11 +17,15 @@ from actors.canary import judge
 from actors.cells import canary_cells, training_cells
 from actors.fleet import Fleet
 from actors.parameter_server import ParameterServer, assign_shards, pull_snapshot
-from actors.placement import PlacementError, check_fits, connect
+from actors.placement import Crew, PlacementError, check_fits, connect
+from actors.policy import PolicyActor
 from actors.rollout import decision_seed
-from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart, TaskPart
+from actors.run_folder import RunFolder
+from actors.stages import serving_stats
+from configs.schema import GuardPart, LearnerPart, PolicyPart, RolloutPart, ServingPart, TaskPart
 from learners.checkpoint import save_checkpoint
 from trajectories.hashing import weights_hash
+from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell
 
 
@@ -188,3 +192,23 @@ def test_a_cell_that_kills_its_actor_is_not_charged_to_its_neighbours(cluster: N
     neighbours = {e["cell"] for e in events if e["event"] == "requeued"} - {cell(3).key}
     assert neighbours == {cell(s).key for s in (0, 1, 2)}
     assert sum(e["event"] == "actor_restarted" for e in events) == 4
+
+
+@pytest.mark.ray
+def test_a_policy_actor_that_restarted_is_put_down_once(cluster: None, tmp_path: Path) -> None:
+    crew, folder = Crew(), RunFolder(tmp_path)
+    policy = PolicyActor.options(num_cpus=0.1, max_restarts=-1).remote(
+        policy=PolicyPart(), serving=ServingPart(), image_size=64, shards=[]
+    )
+    crew.policies = [policy]
+    try:
+        assert serving_stats(crew, folder) == {}
+        assert read_journal(tmp_path / "events.jsonl") == []
+        ray.kill(policy, no_restart=False)
+        serving_stats(crew, folder)
+        serving_stats(crew, folder)
+    finally:
+        ray.kill(policy)
+        crew.dismiss()
+    (event,) = read_journal(tmp_path / "events.jsonl")
+    assert (event["event"], event["kind"], event["actor"]) == ("actor_restarted", "policy", 0)

@@ -135,7 +135,9 @@ def test_killed_actors_cost_no_trajectory(tiny: Recipe, tmp_path: Path) -> None:
     }
     stored = {path.stem for path in (run / "trajectories").glob("*.trajectory")}
     assert stored == {e["trajectory_id"] for e in rollouts + episodes(run, "canary")}
-    assert "requeued" in {e["event"] for e in read_journal(run / "events.jsonl")}
+    events = read_journal(run / "events.jsonl")
+    assert "requeued" in {e["event"] for e in events}
+    assert [e.get("kind") for e in events if e["event"] == "actor_restarted"] == [None, "policy"]
     assert not any(e["outcome"] == "fault" for e in rollouts)
 
 
