@@ -1,10 +1,8 @@
-"""The report's plots, in a palette that colour-blind readers can tell apart (Okabe and Ito 2008)."""
+"""The plots of success and of pairs, in a palette that colour-blind readers can tell apart (Okabe and Ito 2008)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from dashboard.rates import Rate, rate_of
 from dashboard.run_folder import Run
 
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
-SKY, ORANGE, PURPLE, GREY = "#56B4E9", "#E69F00", "#CC79A7", "#7A7A7A"
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+SKY, ORANGE, GREY = "#56B4E9", "#E69F00", "#7A7A7A"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -85,7 +83,7 @@ def _success_by_task(axes: Axes, run: Run) -> None:
     if versions:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=min(len(versions), 4))
     else:
-        _nothing(axes, "no held-out episodes yet")
+        write_across(axes, "no held-out episodes yet")
 
 
 def _success_by_version(axes: Axes, run: Run) -> None:
@@ -172,120 +170,15 @@ def plot_pairs(run: Run, path: Path) -> Path:
             axes.set_ylim(0, max(axes.get_ylim()[1], 1))
             axes.set_xlim(-0.8, max([*rounds, 0]) + 0.8)
             if not lines:
-                _nothing(axes, "no rounds yet")
+                write_across(axes, "no rounds yet")
 
     return draw(path, 9.6, 3.4, fill)
 
 
-_BESIDE_TITLE: dict[str, Any] = {
-    "loc": "lower right",
-    "bbox_to_anchor": (1.02, 0.98),
-    "ncols": 2,
-    "fontsize": 9,
-    "handlelength": 1.6,
-    "columnspacing": 1.0,
-}
 _INSIDE: dict[str, Any] = {
     "fontsize": 9,
     "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Updates:
-    """The updates of one round: metric lines, and where each lies on the axis of all rounds' optimizer steps."""
-
-    round: int
-    lines: list[Mapping[str, Any]]
-    x: list[int]
-
-    def column(self, name: str) -> list[float]:
-        return [float("nan") if line.get(name) is None else line[name] for line in self.lines]
-
-
-def _updates(run: Run) -> list[_Updates]:
-    rounds: list[_Updates] = []
-    for index, group in groupby(run.stage("update"), key=lambda line: int(line["round"])):
-        lines = list(group)
-        first = rounds[-1].x[-1] if rounds else 0
-        rounds.append(_Updates(round=index, lines=lines, x=[first + int(line["step"]) for line in lines]))
-    return rounds
-
-
-def plot_margins(run: Run, path: Path) -> Path:
-    """Preference margin, implicit rewards and log-ratios over the optimizer steps of all rounds."""
-    rounds = _updates(run)
-
-    def fill(figure: Figure) -> None:
-        margin, rewards, ratios = figure.subplots(1, 3)
-        for updates in rounds:
-            for axes, name, colour, dash, label in (
-                (margin, "margin", BLUE, "-", None),
-                (rewards, "chosen_reward", BLUE, "-", "chosen"),
-                (rewards, "rejected_reward", VERMILLION, "--", "rejected"),
-                (ratios, "chosen_logratio", BLUE, "-", "chosen"),
-                (ratios, "rejected_logratio", VERMILLION, "--", "rejected"),
-            ):
-                # A legend entry for the first round speaks for all.
-                named = label if updates is rounds[0] else None
-                values = updates.column(name)
-                axes.plot(updates.x, values, dash, marker="o", markersize=2.5, color=colour, label=named)
-        margin.set(title="Margin, chosen - rejected", ylabel="beta x nats")
-        rewards.set(title="Rewards", ylabel="beta x nats")
-        ratios.set(title="Log-ratios", ylabel="nats per token")
-        _limit(ratios, -run.recipe.guard.chosen_drop, "tripwire for chosen", BLUE)
-        _limit(ratios, -run.recipe.preference.rejected_floor, "floor for rejected", VERMILLION)
-        for axes in (margin, rewards, ratios):
-            axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-            axes.set_xlabel("optimizer step, all rounds in order")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _mark_rounds(axes, rounds, run)
-            if axes is not margin and rounds:
-                axes.legend(**_BESIDE_TITLE)
-            if not rounds:
-                _nothing(axes, "no updates")
-            elif axes is not ratios and all(line.get("margin") is None for u in rounds for line in u.lines):
-                _nothing(axes, "no pairs")
-
-    return draw(path, 11.5, 3.3, fill)
-
-
-def _limit(axes: Axes, value: float, text: str, colour: str) -> None:
-    """A dotted line at a limit, with its name on it."""
-    axes.axhline(value, color=colour, ls=":")
-    axes.annotate(
-        text,
-        (1, value),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=colour,
-    )
-
-
-def _mark_rounds(axes: Axes, rounds: Sequence[_Updates], run: Run) -> None:
-    """A dashed line where a round's updates begin, and a shade over those that never reached the fleet."""
-    refused = {event["round"]: event["event"] for event in run.occurrences("rolled_back", "tripped")}
-    start = 0
-    for updates in rounds:
-        end = updates.x[-1]
-        if start:
-            axes.axvline(start, color="#BBBBBB", linewidth=1, ls="--")
-        if updates.round in refused:
-            axes.axvspan(start, end, color=VERMILLION, alpha=0.10, linewidth=0)
-            axes.text(
-                (start + end) / 2,
-                0.97,
-                refused[updates.round].replace("_", " "),
-                transform=axes.get_xaxis_transform(),
-                ha="center",
-                va="top",
-                fontsize=8,
-                color=VERMILLION,
-            )
-        start = end
 
 
 def _percent(axes: Axes) -> None:
@@ -293,5 +186,6 @@ def _percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _nothing(axes: Axes, text: str) -> None:
+def write_across(axes: Axes, text: str) -> None:
+    """Says why a plot is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashboard.plots import plot_margins, plot_pairs, plot_success
+from dashboard.curves import plot_margins
+from dashboard.plots import plot_pairs, plot_success
 from dashboard.rates import Rate, flips, rate_of
 from dashboard.run_folder import Run, read_run
 from dashboard.story import story
