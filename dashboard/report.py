@@ -224,8 +224,12 @@ def _faults(run: Run) -> list[str]:
     ):
         if count:
             lines.append(f"* {counted(count, 'episode')} {what}")
-    restarts = Counter(str(event.get("reason", "it died")) for event in run.occurrences("actor_restarted"))
-    lines += [f"* {counted(n, 'rollout actor')} restarted: {reason}" for reason, n in restarts.most_common()]
+    restarts = Counter(
+        (str(event.get("kind", "rollout")), str(event["reason"]))
+        for event in run.occurrences("actor_restarted")
+    )
+    for (kind, reason), count in restarts.most_common():
+        lines.append(f"* {counted(count, 'restart')} of {kind} actors: {reason}")
     if len(lines) == 2:
         lines.append("None: no episode was quarantined, no actor restarted.")
     return lines

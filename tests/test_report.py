@@ -295,6 +295,8 @@ def test_faults_and_restarts_are_counted(tmp_path: Path) -> None:
         },
         {"event": "quarantined", "cell": "libero_object/0/3/1000", "actor": 1, "reason": "x", "attempt": 3},
         {"event": "actor_restarted", "actor": 1, "reason": "an episode took longer than 600 s"},
+        {"event": "actor_restarted", "kind": "policy", "actor": 0, "reason": "its process died"},
+        {"event": "actor_restarted", "kind": "policy", "actor": 0, "reason": "its process died"},
     ]
     folder = write_run(tmp_path / "toy", events=[PROMOTED, *events], fault="InvalidActionError: nan")
     text = write_report(folder).read_text()
@@ -302,7 +304,8 @@ def test_faults_and_restarts_are_counted(tmp_path: Path) -> None:
     assert "* 1 episode quarantined (evaluation of version 1): InvalidActionError: nan" in text
     assert "* 2 episodes run again from the start, because the rollout actor died or hung" in text
     assert "* 1 episode given up: the rollout actor died each time" in text
-    assert "* 1 rollout actor restarted: an episode took longer than 600 s" in text
+    assert "* 1 restart of rollout actors: an episode took longer than 600 s" in text
+    assert "* 2 restarts of policy actors: its process died" in text
 
 
 def test_a_fault_is_neither_success_nor_failure_and_takes_its_cell_out_of_the_comparison(
