@@ -85,7 +85,9 @@ def _method(run: Run) -> str:
     recipe = run.recipe
     adapter = f"{ {'lora': 'LoRA', 'dora': 'DoRA'}[recipe.adapter.method] } of rank {recipe.adapter.rank}"
     part = recipe.preference
-    loss = f"{part.loss} DPO with beta {part.beta:g}" if part.preference_weight else "no preference term"
+    credit = {"value": "decisive chunks", "uniform": "whole trajectories"}[part.credit]
+    dpo = f"{part.loss} DPO on {credit} with beta {part.beta:g}"
+    loss = dpo if part.preference_weight else "no preference term"
     return f"{adapter}, {loss}, {recipe.schedule} schedule, training seed {recipe.seed}"
 
 

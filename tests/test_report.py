@@ -196,7 +196,7 @@ def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
         in text
     )
     assert "| 0 | 7 | 10 | 0.20 | 0.75 | 0.100 | -0.200 |" in text
-    assert "DoRA of rank 32, sigmoid DPO with beta 0.02, synchronous schedule, training seed 0." in text
+    assert "; DoRA of rank 32, sigmoid DPO on decisive chunks with beta 0.02, synchronous schedule" in text
     assert "Version 1 was **promoted**: 26 successes on 40 canary cells against 17" in text
     assert "**The fleet ends on version 1.**" in text
     # k=4 of 10: the interval is Wilson's, (0.168, 0.687) by his formula.
