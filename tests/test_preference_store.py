@@ -111,7 +111,16 @@ def test_pairs_come_out_as_they_went_in_and_are_put_down_once(tmp_path: Path) ->
         assert mine_from(store).refs == mined.refs
     lines = read_journal(tmp_path / "pairs.jsonl")
     assert [line["pair_id"] for line in lines] == [ref.pair_id for ref in mined.refs]
-    assert lines[0].keys() >= {"chosen", "rejected", "suite", "task_id", "init_state", "policy_version"}
+    assert lines[0] == {
+        "pair_id": mined.refs[0].pair_id,
+        "chosen": mined.refs[0].chosen,
+        "rejected": mined.refs[0].rejected,
+        "suite": "libero_object",
+        "task_id": 0,
+        "init_state": 0,
+        "policy_version": 0,
+        "mined_at": 0,
+    }
     with open_store(tmp_path) as store:
         mine_from(store)
     assert read_journal(tmp_path / "pairs.jsonl") == lines

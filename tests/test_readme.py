@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 HIDDEN = {"README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"}
 """At the root, and not worth a line in the file tree."""
-PASSING = {"runs", "build", "docs"}
+PASSING = {"runs", "build"}
 """Folders that come and go."""
 
 
@@ -29,7 +31,7 @@ def tree() -> list[str]:
 
 
 def test_everything_in_the_file_tree_exists() -> None:
-    missing = [path for path in tree() if path.rstrip("/") not in PASSING and not (ROOT / path).exists()]
+    missing = [path for path in tree() if not (ROOT / path).exists()]
     assert missing == []
 
 
@@ -44,8 +46,17 @@ def test_everything_at_the_root_is_in_the_file_tree() -> None:
     assert there - set(tree()) == set()
 
 
-def test_every_named_recipe_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"configs/[\w-]+\.yaml", text))
-    assert named >= {"configs/quickstart.yaml"}
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_named_file_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"(?<![\w/])(?!runs/)[\w.-]+/[\w/.-]+\.(?:py|yaml|md|jsonl)\b", text))
+    assert len(named) >= 3
     assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
+def test_every_target_of_make_that_is_named_exists() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert named >= {"run", "test", "check", "help"}
+    assert named - targets == set()

@@ -180,6 +180,12 @@ def assert_drawn(path: Path) -> None:
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
+def blue_pixels(path: Path) -> int:
+    """How many pixels have exactly the colour that the plots draw their main series in."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return int((pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum())
+
+
 def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "toy", events=[PROMOTED])
     report = write_report(folder)
@@ -212,8 +218,13 @@ def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
 def test_plots_and_video_are_written_and_not_blank(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "toy", events=[PROMOTED])
     text = write_report(folder).read_text()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "recipe.yaml").write_text(RECIPE)
+    write_report(tmp_path / "empty")
     for name in ("success", "pairs", "margins"):
-        assert_drawn(folder / "plots" / f"{name}.png")
+        # What is blue in a plot without data is the line of the tripwire.
+        plot = Path("plots") / f"{name}.png"
+        assert blue_pixels(folder / plot) > blue_pixels(tmp_path / "empty" / plot) + 300
         assert f"(plots/{name}.png)" in text
     name = "libero_object-task0-state3"
     assert_drawn(folder / "videos" / f"{name}.png")
@@ -336,6 +347,21 @@ def test_an_unfinished_run_gets_a_report_of_what_there_is(tmp_path: Path) -> Non
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no recipe\.yaml"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("result.json", "[1]", r"result\.json must hold one JSON object, got list"),
+        ("episodes.jsonl", '{"phase": "rollout", "round": 0}\n', r"episodes\.jsonl, record 1 lacks 'suite'"),
+        ("metrics.jsonl", 'oops\n{"stage": "pairs"}\n', r"metrics\.jsonl: a line is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, complaint: str) -> None:
+    folder = write_run(tmp_path / "toy", events=[])
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        read_run(folder)
 
 
 def test_an_episode_written_twice_counts_once(tmp_path: Path) -> None:
