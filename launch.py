@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from actors.parameter_server import ParameterServerError
 from actors.pipeline import train as run_training
-from actors.placement import PlacementError
+from actors.placement import PlacementError, cause_of
 from actors.verbs import collect_demonstrations, evaluate_run
 from configs.describe import describe_recipe
 from configs.loader import RecipeError, load_recipe
@@ -39,8 +40,15 @@ def one_line_errors() -> Iterator[None]:
     """Turn what a person can mend into one line on stderr and exit code 2; anything else keeps its traceback."""
     try:
         yield
-    except (RecipeError, PlacementError, CheckpointError, ComparisonError, OSError) as error:
-        typer.echo(f"pairloom: {error}", err=True)
+    except (
+        RecipeError,
+        PlacementError,
+        ParameterServerError,
+        CheckpointError,
+        ComparisonError,
+        OSError,
+    ) as error:
+        typer.echo(f"pairloom: {cause_of(error)}", err=True)
         raise typer.Exit(2) from error
 
 

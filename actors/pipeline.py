@@ -149,6 +149,7 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
         policy=recipe.policy,
         image_size=recipe.environment.image_size,
         start_checkpoint=str(checkpoint.resolve()),
+        saved=str(folder.checkpoints),
         num_shards=recipe.learner.parameter_shards,
     )
     start = publish(crew, folder, None)

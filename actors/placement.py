@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from actors.fleet import Fleet
 from actors.learner import LearnerActor, MonitorActor, StoreActor
@@ -35,6 +36,11 @@ OBJECT_STORE_BYTES = 1 << 30
 
 class PlacementError(RuntimeError):
     """The recipe asks for more than the cluster has."""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error itself: one that was raised in an actor comes with that actor's traceback in its text."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def connect() -> None:
@@ -140,10 +146,12 @@ class Crew:
         policy: PolicyPart,
         image_size: int,
         start_checkpoint: str,
+        saved: str,
         num_shards: int,
     ) -> None:
-        """Start the parameter-server shards on a start checkpoint, and the policy actors that pull from them."""
-        self.server = ParameterServer(start_checkpoint=start_checkpoint, num_shards=num_shards)
+        """Start the parameter-server shards on a start checkpoint, and the policy actors that pull from them. `saved`
+        holds, or will hold, the adapters of the versions published."""
+        self.server = ParameterServer(start_checkpoint=start_checkpoint, saved=saved, num_shards=num_shards)
         self.policies = [
             PolicyActor.options(
                 num_cpus=part.cpus_per_actor,

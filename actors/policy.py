@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
-from actors.parameter_server import pull_snapshot
+from actors.parameter_server import find_shards, pull_snapshot
 from configs.schema import PolicyPart, ServingPart
 from policies.autoregressive import state_tensors
 from policies.make import make_policy
@@ -142,7 +142,7 @@ class PolicyServer:
         else:
             dropped, (policy, _) = self._held.popitem(last=False)
             log.info("version %d makes room for version %d", dropped, version)
-        snapshot = pull_snapshot([ray.get_actor(name) for name in self._shards], version)
+        snapshot = pull_snapshot(find_shards(self._shards), version)
         policy.load(snapshot)
         # Hash what is served, not what was sent: a copy that went wrong shows here.
         content_hash = weights_hash(state_tensors(policy.module))

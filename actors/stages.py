@@ -12,6 +12,7 @@ import ray
 
 from actors.canary import judge
 from actors.cells import canary_cells
+from actors.parameter_server import version_name
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from configs.schema import DemonstrationPart, GuardPart, TaskPart
@@ -224,7 +225,9 @@ def publish(
     version, content_hash = crew.server.publish(adapter, keep=keep)
     if adapter is not None:
         tensors, metadata = adapter_tensors(adapter)
-        save_checkpoint(folder.checkpoints, f"v{version:04d}", tensors, {**metadata, "hash": content_hash})
+        save_checkpoint(
+            folder.checkpoints, version_name(version), tensors, {**metadata, "hash": content_hash}
+        )
     ray.get(crew.store.register_version.remote(version, content_hash))
     folder.metric("published", version=version, hash=content_hash)
     return Version(version=version, content_hash=content_hash, adapter=adapter)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
 from actors.stages import demonstrate, drive
@@ -66,6 +67,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
             policy=recipe.policy,
             image_size=recipe.environment.image_size,
             start_checkpoint=str((start / "checkpoints" / "start").resolve()),
+            saved=str(folder.checkpoints.resolve()),
             num_shards=recipe.learner.parameter_shards,
         )
         published, content_hash = crew.server.publish(adapter, version=version)
@@ -102,7 +104,7 @@ def last_promoted(path: Path) -> int:
 def _adapter(path: Path, version: int) -> AdapterWeights | None:
     if version == 0:
         return None
-    checkpoint = path / "checkpoints" / f"v{version:04d}"
+    checkpoint = path / "checkpoints" / version_name(version)
     if not checkpoint.is_dir():
         held = sorted(p.name for p in (path / "checkpoints").glob("v*"))
         raise RecipeError(

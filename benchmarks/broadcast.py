@@ -72,7 +72,7 @@ def measure(megabytes: int, receivers: int, repeats: int) -> dict[str, Any]:
     pulls, copies, publishes = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(folder, "start", tensors, {})
-        server = ParameterServer(start_checkpoint=str(Path(folder) / "start"), num_shards=1)
+        server = ParameterServer(start_checkpoint=str(Path(folder) / "start"), saved=folder, num_shards=1)
         actors = [Receiver.remote(server.shards) for _ in range(receivers)]  # type: ignore[attr-defined]
         for repeat in range(repeats + 1):
             started = time.perf_counter()

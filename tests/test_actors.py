@@ -12,18 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import typer
 
 from actors.canary import judge
 from actors.cells import canary_cells, training_cells
 from actors.fleet import Fleet
-from actors.parameter_server import ParameterServer, assign_shards, pull_snapshot
+from actors.parameter_server import (
+    ParameterServer,
+    ParameterServerError,
+    assign_shards,
+    find_shards,
+    pull_snapshot,
+)
 from actors.placement import Crew, PlacementError, check_fits, connect
 from actors.policy import PolicyActor
 from actors.rollout import decision_seed
 from actors.run_folder import RunFolder
 from actors.stages import serving_stats
 from configs.schema import GuardPart, LearnerPart, PolicyPart, RolloutPart, ServingPart, TaskPart
+from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
+from policies.adapters import adapter_tensors
 from trajectories.hashing import weights_hash
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell
@@ -110,7 +119,7 @@ def test_shards_merge_from_the_pristine_base_and_agree_on_the_hash(cluster: None
     rng = np.random.default_rng(0)
     base = {"layer.weight": rng.normal(size=(6, 4)).astype(np.float32), "bias": np.ones(5, np.float32)}
     save_checkpoint(tmp_path, "start", base, {})
-    server = ParameterServer(start_checkpoint=str(tmp_path / "start"), num_shards=2)
+    server = ParameterServer(start_checkpoint=str(tmp_path / "start"), saved=str(tmp_path), num_shards=2)
     version, content_hash = server.publish(None)
     assert (version, content_hash) == (0, weights_hash(base))
     factors = {
@@ -127,6 +136,44 @@ def test_shards_merge_from_the_pristine_base_and_agree_on_the_hash(cluster: None
     np.testing.assert_array_equal(pull_snapshot(server.shards, 0).tensors["bias"], base["bias"])
     with pytest.raises(KeyError, match="version 1 is not held"):
         pull_snapshot(server.shards, 1)
+
+
+@pytest.mark.ray
+def test_a_shard_that_dies_serves_the_same_weights_again_and_one_that_is_gone_ends_the_run(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"layer.weight": np.eye(3, dtype=np.float32), "bias": np.ones(3, np.float32)}
+    save_checkpoint(tmp_path, "start", base, {})
+    server = ParameterServer(start_checkpoint=str(tmp_path / "start"), saved=str(tmp_path), num_shards=2)
+    hashes = [server.publish(None)[1]]
+    adapter = AdapterWeights(
+        method="lora",
+        scaling=1.0,
+        base_hash=hashes[0],
+        factors={"layer": {"A": np.ones((1, 3), np.float32), "B": np.ones((3, 1), np.float32)}},
+    )
+    hashes.append(server.publish(adapter, keep=[0])[1])
+    save_checkpoint(tmp_path, "v0001", *adapter_tensors(adapter))
+    for shard in server.shards:
+        ray.kill(shard, no_restart=False)
+    found = find_shards(server.names)
+    assert [pull_snapshot(found, version).content_hash for version in (0, 1)] == hashes
+    assert server.publish(adapter, keep=[1]) == (2, hashes[1])
+    ray.kill(server.shards[1])
+    while server.names[1] in ray.util.list_named_actors():
+        time.sleep(0.1)
+    with pytest.raises(ParameterServerError, match=r"raise learner\.parameter_shards"):
+        pull_snapshot(found, 2)
+    with pytest.raises(ParameterServerError, match=r"raise learner\.parameter_shards"):
+        server.publish(adapter)
+
+    @ray.remote(num_cpus=0.1)
+    def pull(names: list[str]) -> None:
+        pull_snapshot(find_shards(names), 2)
+
+    with pytest.raises(typer.Exit), one_line_errors():
+        ray.get(pull.remote(server.names))
+    assert capsys.readouterr().err.startswith("pairloom: a parameter-server shard died more than 3 times")
 
 
 @ray.remote
