@@ -26,13 +26,13 @@ from typing import Any
 import ray
 
 from actors.cells import training_cells
+from actors.demonstrations import demonstrate
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
 from actors.stages import (
     Outcomes,
     Version,
     begin_update,
-    demonstrate,
     drive,
     end_update,
     first_frames,

@@ -145,8 +145,8 @@ class Rollouts:
     async def demonstration(
         self, cell: Cell, *, part: DemonstrationPart, chunk: int
     ) -> tuple[dict[str, Any], Trajectory]:
-        """One perturbed demonstration by the task's scripted expert. Raises SimulatorFaultError and what the expert
-        raises, after closing the simulator it happened in."""
+        """One perturbed demonstration by the task's scripted expert. Raises what the expert raises, after closing the
+        simulator it happened in."""
         env = await self._pool.take(cell.suite, cell.task_id)
         try:
             trajectory = demonstrate(
@@ -155,7 +155,7 @@ class Rollouts:
         except BaseException:
             self._pool.give_back(env, healthy=False)
             raise
-        self._pool.give_back(env)
+        self._pool.give_back(env, healthy=trajectory.outcome != "fault")
         return episode_record(trajectory), trajectory
 
     async def _ask(

@@ -15,14 +15,12 @@ from actors.cells import canary_cells
 from actors.parameter_server import version_name
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
-from configs.schema import DemonstrationPart, GuardPart, TaskPart
+from configs.schema import GuardPart, TaskPart
 from learners.checkpoint import save_checkpoint
 from policies.adapters import adapter_tensors
 from trajectories.journal import read_journal
-from trajectories.records import AdapterWeights, Cell, Trajectory
+from trajectories.records import AdapterWeights, Cell
 
-DEMO_ATTEMPTS = 5
-"""Perturbed demonstrations tried per one kept, before the expert counts as unable."""
 RESTART_DEADLINE_S = 60.0
 """How long the end of a sweep waits for policy actors that are restarting."""
 
@@ -82,10 +80,10 @@ def drive(
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
             if record["outcome"] == "fault":
-                out.faulted.add(_cell(record))
-                folder.event({"event": "quarantined", "cell": _cell(record).key, "reason": record["fault"]})
+                out.faulted.add(cell_of(record))
+                folder.event({"event": "quarantined", "cell": cell_of(record).key, "reason": record["fault"]})
             else:
-                out.success[_cell(record)] = record["success"]
+                out.success[cell_of(record)] = record["success"]
             bar.advance(f"success {100 * out.rate:.0f} %")
     out.wall_s = time.monotonic() - started
     folder.metric(
@@ -110,7 +108,7 @@ def take_recorded(
     None when one of the cells is not recorded there.
     """
     found = {
-        _cell(episode): {key: value for key, value in episode.items() if key not in ("phase", "round")}
+        cell_of(episode): {key: value for key, value in episode.items() if key not in ("phase", "round")}
         for episode in read_journal(source / "episodes.jsonl")
         if episode["phase"] == "evaluation" and episode["policy_hash"] == content_hash
     }
@@ -124,48 +122,6 @@ def take_recorded(
         else:
             out.success[cell] = found[cell]["success"]
     return out
-
-
-def demonstrate(
-    crew: Crew, folder: RunFolder, tasks: TaskPart, part: DemonstrationPart, *, chunk: int
-) -> list[Trajectory]:
-    """Collect `per_task` successful perturbed demonstrations of every task. A failed attempt is counted and tried
-    again with another seed. Raises RuntimeError naming the task when the expert keeps failing."""
-    kept: list[Trajectory] = []
-    missing = dict.fromkeys(tasks.task_ids, part.per_task)
-    started = time.monotonic()
-
-    def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
-        return actor.demonstration.options(num_returns=2).remote(cell, part=part, chunk=chunk)
-
-    with progress_bar("demos", sum(missing.values())) as bar:
-        for attempt in range(DEMO_ATTEMPTS):
-            cells = [
-                Cell(
-                    suite=tasks.suite,
-                    task_id=task,
-                    init_state=tasks.demo_init_states[k % len(tasks.demo_init_states)],
-                    seed=part.seed * 10_000 + attempt * 1000 + k,
-                )
-                for task, count in missing.items()
-                for k in range(count)
-            ]
-            for record, trajectory in crew.fleet.run(cells, launch):
-                folder.episode("demonstration", -1, record)
-                if record["success"]:
-                    kept.append(ray.get(trajectory))
-                    missing[record["task_id"]] -= 1
-                    bar.advance()
-            if not any(missing.values()):
-                break
-        else:
-            short = {task: count for task, count in missing.items() if count}
-            raise RuntimeError(
-                f"the scripted expert failed {DEMO_ATTEMPTS} times over; demonstrations missing per task: {short}; "
-                "lower demonstrations.noise or choose other demo_init_states"
-            )
-    folder.metric("demonstration", episodes=len(kept), wall_s=round(time.monotonic() - started, 1))
-    return sorted(kept, key=lambda t: t.cell)
 
 
 def first_frames(crew: Crew, tasks: TaskPart) -> dict[str, str]:
@@ -296,5 +252,6 @@ def serving_stats(crew: Crew, folder: RunFolder) -> dict[str, float]:
     return {"batch_fill": round(decisions / batches, 2), "act_ms": round(1000 * busy / batches, 1)}
 
 
-def _cell(record: dict[str, Any]) -> Cell:
+def cell_of(record: dict[str, Any]) -> Cell:
+    """The cell that an episode record is of."""
     return Cell(**{key: record[key] for key in ("suite", "task_id", "init_state", "seed")})

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
-from actors.stages import demonstrate, drive
+from actors.stages import drive
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets

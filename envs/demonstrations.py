@@ -88,10 +88,14 @@ def demonstrate(
 def _run(env: LiberoEnv, *, init_state: int, seed: int, noise: float, stride: int) -> _Run:
     """Drive the expert, disturbed by pushes, to the end of the episode; look at every `stride`th step."""
     expert = expert_for(env)
-    env.reset(seed=seed, options={"init_state": init_state})
+    run = _Run()
+    try:
+        env.reset(seed=seed, options={"init_state": init_state})
+    except SimulatorFaultError as error:
+        run.outcome, run.fault = "fault", str(error)
+        return run
     expert.reset(env)
     pushes = _draw_pushes(np.random.default_rng(seed), env.max_steps, noise)
-    run = _Run()
     success = truncated = False
     while not (success or truncated):
         step = len(run.actions)

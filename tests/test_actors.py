@@ -16,6 +16,7 @@ import typer
 
 from actors.canary import judge
 from actors.cells import canary_cells, training_cells
+from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
 from actors.parameter_server import (
     ParameterServer,
@@ -29,13 +30,22 @@ from actors.policy import PolicyActor
 from actors.rollout import decision_seed
 from actors.run_folder import RunFolder
 from actors.stages import serving_stats
-from configs.schema import GuardPart, LearnerPart, PolicyPart, RolloutPart, ServingPart, TaskPart
+from configs.schema import (
+    DemonstrationPart,
+    GuardPart,
+    LearnerPart,
+    PolicyPart,
+    RolloutPart,
+    ServingPart,
+    TaskPart,
+)
 from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
 from policies.adapters import adapter_tensors
+from trajectories.codec import episode_record
 from trajectories.hashing import weights_hash
 from trajectories.journal import read_journal
-from trajectories.records import AdapterWeights, Cell
+from trajectories.records import AdapterWeights, Cell, Trajectory
 
 
 def cell(state: int, seed: int = 0, task: int = 0) -> Cell:
@@ -259,3 +269,42 @@ def test_a_policy_actor_that_restarted_is_put_down_once(cluster: None, tmp_path:
         crew.dismiss()
     (event,) = read_journal(tmp_path / "events.jsonl")
     assert (event["event"], event["kind"], event["actor"]) == ("actor_restarted", "policy", 0)
+
+
+@ray.remote
+class Demonstrator:
+    """A rollout actor's shell whose expert meets a simulator fault once from state 1, and always in task 8."""
+
+    def demonstration(self, cell: Cell, *, part: Any, chunk: int) -> tuple[dict[str, Any], Trajectory]:
+        failed = cell.task_id == 8 or (cell.init_state == 1 and cell.seed < 1000)
+        trajectory = Trajectory(
+            cell=cell,
+            decisions=(),
+            outcome="fault" if failed else "success",
+            fault="diverged" if failed else "",
+            env_steps=1,
+            policy_version=-1,
+            policy_hash="scripted-expert",
+        )
+        return episode_record(trajectory), trajectory
+
+
+@pytest.mark.ray
+def test_a_failed_demonstration_is_tried_again_from_its_own_state(cluster: None, tmp_path: Path) -> None:
+    crew, folder = Crew(), RunFolder(tmp_path)
+    actor = Demonstrator.options(num_cpus=0.1).remote()  # type: ignore[attr-defined]
+    crew.fleet = Fleet([actor], slots=1, timeout_s=60.0, on_event=folder.event)
+    states = {"demo_init_states": (0, 1, 2), "train_init_states": (0,), "held_out_init_states": (40,)}
+    part = DemonstrationPart(per_task=3)
+    tasks = TaskPart(suite="libero_object", task_ids=(0,), **states)
+    try:
+        demos = demonstrate(crew, folder, tasks, part, chunk=8)
+        assert [(d.cell.init_state, d.cell.seed) for d in demos] == [(0, 0), (1, 1001), (2, 2)]
+        hopeless = TaskPart(suite="libero_object", task_ids=(0, 8), **states)
+        with pytest.raises(
+            DemonstrationError, match=r"failed 5 times over; .* of libero_object task: 8 \(3\); lower"
+        ):
+            demonstrate(crew, folder, hopeless, part, chunk=8)
+    finally:
+        ray.kill(actor)
+        crew.dismiss()

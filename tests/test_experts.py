@@ -155,3 +155,11 @@ def test_an_expert_that_runs_out_of_steps_is_no_success(make: Make) -> None:
     env = make("libero_goal", 6, EnvironmentPart(image_size=16, geometry="collision", max_steps=5))
     demo = demonstrate(env, init_state=0, seed=0, noise=0.3, chunk=8)
     assert (demo.outcome, demo.env_steps) == ("timeout", 5)
+
+
+def test_a_simulator_fault_while_settling_is_an_outcome(make: Make) -> None:
+    env = make("libero_goal", 6)
+    env._init_states = np.full_like(env._init_states, 1e12)
+    demo = demonstrate(env, init_state=0, seed=0, noise=0.3, chunk=8)
+    assert (demo.outcome, demo.env_steps, demo.decisions) == ("fault", 0, ())
+    assert "the simulator diverged" in demo.fault
