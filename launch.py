@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from actors.demonstrations import DemonstrationError
 from actors.parameter_server import ParameterServerError
 from actors.pipeline import train as run_training
 from actors.placement import PlacementError, cause_of
@@ -24,8 +25,10 @@ from actors.verbs import collect_demonstrations, evaluate_run
 from configs.describe import describe_recipe
 from configs.loader import RecipeError, load_recipe
 from envs.assets import check_pack, resolve_assets
+from envs.experts import NoExpertError
 from envs.protocol import ComparisonError, compare_episodes
 from learners.checkpoint import CheckpointError
+from trajectories.journal import JournalError
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
 
@@ -46,6 +49,9 @@ def one_line_errors() -> Iterator[None]:
         ParameterServerError,
         CheckpointError,
         ComparisonError,
+        DemonstrationError,
+        JournalError,
+        NoExpertError,
         OSError,
     ) as error:
         typer.echo(f"pairloom: {cause_of(error)}", err=True)

@@ -45,6 +45,7 @@ from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
+from envs.experts import require_experts
 from envs.fingerprint import stack_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
 from learners.checkpoint import verify
@@ -55,12 +56,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from start to report.
 
     Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
-    cluster is too small, RecipeError or CheckpointError for a start that is missing or damaged, and FileNotFoundError
-    for missing assets.
+    cluster is too small, RecipeError or CheckpointError for a start that is missing or damaged, NoExpertError for a
+    task that nothing can demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
     if recipe.start is not None:
         check_start(Path(recipe.start), Path(recipe.root) / recipe.name)
+    else:
+        require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     assets = resolve_assets(recipe.environment.assets)
     connect()
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)

@@ -15,6 +15,7 @@ from actors.stages import drive
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets
+from envs.experts import require_experts
 from envs.protocol import held_out_cells, published_cells, wilson
 from learners.checkpoint import load_checkpoint, verify
 from policies.adapters import adapter_from_tensors
@@ -28,6 +29,7 @@ def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
 
     Returns the counts and the folder. Raises what `train` raises before its actors start.
     """
+    require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     with _crew(recipe, lambda: RunFolder.create(recipe)) as (crew, folder):
         demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
         for demo in demos:

@@ -67,7 +67,8 @@ def demonstrate(
         timeout, or fault if the physics diverged.
 
     Raises:
-        ValueError: the task has no expert, or init_state is out of range.
+        NoExpertError: the task has no expert.
+        ValueError: init_state is out of range.
     """
     run = _run(env, init_state=init_state, seed=seed, noise=noise, stride=stride)
     return Trajectory(

@@ -10,7 +10,7 @@ import pytest
 from configs.schema import EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.demonstrations import demonstrate
-from envs.experts import EXPERT_TASKS, expert_for
+from envs.experts import EXPERT_TASKS, NoExpertError, expert_for
 from envs.libero import LiberoEnv
 from trajectories.records import Trajectory
 
@@ -146,7 +146,9 @@ def test_a_seed_fixes_the_demonstration(make: Make) -> None:
 
 def test_a_task_without_an_expert_is_refused(make: Make) -> None:
     env = make("libero_10", 5)
-    with pytest.raises(ValueError, match=r"no scripted expert for libero_10 task 5 .*libero_object 0, 1, 2"):
+    with pytest.raises(
+        NoExpertError, match=r"no scripted expert for libero_10 task 5; .*libero_object 0, 1, 2"
+    ):
         expert_for(env)
     assert set(EXPERT_TASKS) == {"libero_object", "libero_spatial", "libero_goal"}
 

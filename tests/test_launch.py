@@ -37,18 +37,35 @@ def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
         (("train", "configs/quickstar.yaml"), "configs/quickstart.yaml"),
         (("train", "configs/quickstart.yaml", "environment.assets=no/such/folder"), "no/such/folder"),
         (("train", "configs/quickstart.yaml", "start=no/such/run"), "no/such/run"),
+        (
+            ("train", "configs/quickstart.yaml", "tasks.suite=libero_10"),
+            "no scripted expert for libero_10 task",
+        ),
+        (
+            ("collect", "configs/quickstart.yaml", "tasks.suite=libero_10"),
+            "no scripted expert for libero_10 task",
+        ),
         (("evaluate", "no/such/run"), "no/such/run"),
         (("compare", "no/such/run", "no/such/other"), "no/such/run"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = launch(*arguments, *([f"root={tmp_path}"] if arguments[0] == "train" else []))
+    done = launch(*arguments, *([f"root={tmp_path}"] if arguments[0] in ("train", "collect") else []))
     assert done.returncode == 2
     complaint = done.stderr.strip().splitlines()[-1]
     assert complaint.startswith("pairloom: ")
     assert said in complaint
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / "recipe.yaml")
+    (tmp_path / "events.jsonl").write_text("one\ntwo\n")
+    done = launch("evaluate", str(tmp_path))
+    assert done.returncode == 2
+    assert "events.jsonl: a line is damaged" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ray

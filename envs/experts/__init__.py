@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +23,10 @@ EXPERT_TASKS: dict[str, tuple[int, ...]] = {
 """Tasks that have an expert, by suite."""
 
 
+class NoExpertError(ValueError):
+    """A task that no scripted expert is for."""
+
+
 class Expert(Protocol):
     """Scripted, memoryless: the action is a function of the simulator's state alone."""
 
@@ -34,18 +39,17 @@ class Expert(Protocol):
         ...
 
 
-def expert_for(env: LiberoEnv) -> Expert:
-    """The expert of the environment's task.
+def require_experts(suite: str, task_ids: Iterable[int]) -> None:
+    """Raise NoExpertError naming the first task without an expert, and the tasks with one."""
+    for task_id in task_ids:
+        if task_id not in EXPERT_TASKS.get(suite, ()):
+            known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in EXPERT_TASKS.items())
+            raise NoExpertError(f"no scripted expert for {suite} task {task_id}; tasks with one: {known}")
 
-    Raises:
-        ValueError: the task has none; the message names those that have.
-    """
-    task = env.task
-    if task.task_id not in EXPERT_TASKS.get(task.suite, ()):
-        known = "; ".join(f"{suite} {', '.join(map(str, ids))}" for suite, ids in EXPERT_TASKS.items())
-        raise ValueError(
-            f"no scripted expert for {task.suite} task {task.task_id} ({task.name}); tasks with one: {known}"
-        )
+
+def expert_for(env: LiberoEnv) -> Expert:
+    """The expert of the environment's task. Raises NoExpertError when it has none."""
+    require_experts(env.task.suite, [env.task.task_id])
     return _make(env)
 
 
