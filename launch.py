@@ -26,6 +26,7 @@ from configs.describe import describe_recipe
 from configs.loader import RecipeError, load_recipe
 from envs.assets import check_pack, resolve_assets
 from envs.experts import NoExpertError
+from envs.fingerprint import FingerprintError
 from envs.protocol import ComparisonError, compare_episodes
 from learners.checkpoint import CheckpointError
 from trajectories.journal import JournalError
@@ -50,6 +51,7 @@ def one_line_errors() -> Iterator[None]:
         CheckpointError,
         ComparisonError,
         DemonstrationError,
+        FingerprintError,
         JournalError,
         NoExpertError,
         OSError,
@@ -109,6 +111,8 @@ def compare(
     """Compare two runs on the cells both evaluated: rates, Wilson intervals, exact McNemar."""
     with one_line_errors():
         comparison = compare_episodes(before, after)
+    if comparison.warnings:
+        typer.echo(f"pairloom: the stacks differ: {'; '.join(comparison.warnings)}", err=True)
     table = Table(title=f"{before} -> {after}")
     for column in ("task", "episodes", "before", "after", "better", "worse"):
         table.add_column(column, justify="right")

@@ -35,9 +35,9 @@ from actors.stages import (
     begin_update,
     drive,
     end_update,
-    first_frames,
     follow,
     publish,
+    take_fingerprint,
     take_recorded,
     trial,
 )
@@ -46,7 +46,7 @@ from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
-from envs.fingerprint import stack_fingerprint
+from envs.fingerprint import differences, read_fingerprint, require_same_world
 from envs.protocol import held_out_cells, mcnemar, wilson
 from learners.checkpoint import verify
 from trajectories.codec import load_trajectory, save_trajectory
@@ -56,15 +56,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from start to report.
 
     Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
-    cluster is too small, RecipeError or CheckpointError for a start that is missing or damaged, NoExpertError for a
-    task that nothing can demonstrate, and FileNotFoundError for missing assets.
+    cluster is too small, RecipeError, CheckpointError or FingerprintError for a start that is missing, damaged or of
+    another world, NoExpertError for a task that nothing can demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
+    assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:
-        check_start(Path(recipe.start), Path(recipe.root) / recipe.name)
+        check_start(Path(recipe.start), Path(recipe.root) / recipe.name, assets)
     else:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
-    assets = resolve_assets(recipe.environment.assets)
     connect()
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe)
@@ -85,14 +85,19 @@ def train(recipe: Recipe) -> dict[str, Any]:
         crew.dismiss()
 
 
-def check_start(source: Path, target: Path) -> None:
-    """Raise RecipeError or CheckpointError, naming what is wrong, unless the run `target` can start from `source`."""
+def check_start(source: Path, target: Path, assets: ResolvedAssets) -> None:
+    """Raise RecipeError, FingerprintError or CheckpointError, naming what is wrong, unless the run `target` on these
+    assets can start from `source`."""
     if not (source / "recipe.yaml").is_file():
         raise RecipeError(
             f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
         )
     if source.resolve() == target.resolve():
         raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
+    ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
+    require_same_world(
+        read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"
+    )
     verify(source / "checkpoints" / "start")
 
 
@@ -123,9 +128,12 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
     """Start the actors, train (or take up) the supervised start, and publish it as version 0."""
     crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
     crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
-    frames = first_frames(crew, recipe.tasks)
-    stack = stack_fingerprint(assets=assets, environment=recipe.environment, first_frames=frames)
+    stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
     folder.write_json("fingerprint.json", stack)
+    if recipe.start is not None:
+        unlike = differences(read_fingerprint(Path(recipe.start)), stack)
+        if unlike:
+            folder.event({"event": "stack_differs", "start": recipe.start, "reason": "; ".join(unlike)})
     crew.start_learner(
         recipe.learner,
         policy=recipe.policy,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -133,14 +134,15 @@ class Rollouts:
         return episode_record(trajectory, wall_s=round(time.monotonic() - started, 3)), trajectory
 
     async def first_frame(self, cell: Cell) -> tuple[dict[str, Any], str]:
-        """Hash of the first images of a cell's task at initial state 0 with seed 0, for the stack fingerprint."""
+        """Hash of the first images of a cell's task at initial state 0 with seed 0, and what drew them."""
         env = await self._pool.take(cell.suite, cell.task_id)
         try:
             frame, _ = env.reset(seed=0, options={"init_state": 0})
         finally:
             self._pool.give_back(env)
         content = first_frame_hash(frame)
-        return {"task": f"{cell.suite}/{cell.task_id}", "hash": content}, content
+        task = f"{cell.suite}/{cell.task_id}"
+        return {"task": task, "hash": content, "renderer": os.environ["MUJOCO_GL"]}, content
 
     async def demonstration(
         self, cell: Cell, *, part: DemonstrationPart, chunk: int

@@ -15,7 +15,9 @@ from actors.cells import canary_cells
 from actors.parameter_server import version_name
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
-from configs.schema import GuardPart, TaskPart
+from configs.schema import EnvironmentPart, GuardPart, TaskPart
+from envs.assets import ResolvedAssets
+from envs.fingerprint import stack_fingerprint
 from learners.checkpoint import save_checkpoint
 from policies.adapters import adapter_tensors
 from trajectories.journal import read_journal
@@ -124,11 +126,23 @@ def take_recorded(
     return out
 
 
-def first_frames(crew: Crew, tasks: TaskPart) -> dict[str, str]:
-    """`suite/task` -> hash of its first images: two machines that draw differently show it here."""
+def take_fingerprint(
+    crew: Crew, tasks: TaskPart, *, assets: ResolvedAssets, environment: EnvironmentPart
+) -> dict[str, Any]:
+    """The stack that the rollout actors run on, with the first images of every task as they draw them."""
     cells = [Cell(suite=tasks.suite, task_id=task, init_state=0, seed=0) for task in tasks.task_ids]
-    records = crew.fleet.run(cells, lambda actor, cell: actor.first_frame.options(num_returns=2).remote(cell))
-    return {record["task"]: record["hash"] for record, _ in records}
+    frames = [
+        record
+        for record, _ in crew.fleet.run(
+            cells, lambda actor, cell: actor.first_frame.options(num_returns=2).remote(cell)
+        )
+    ]
+    return stack_fingerprint(
+        assets=assets,
+        environment=environment,
+        first_frames={frame["task"]: frame["hash"] for frame in frames},
+        renderer=", ".join(sorted({frame["renderer"] for frame in frames})),
+    )
 
 
 def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, total: int, **tags: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +12,20 @@ from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
-from actors.stages import drive
+from actors.stages import drive, take_fingerprint
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
-from envs.assets import resolve_assets
+from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
+from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, published_cells, wilson
 from learners.checkpoint import load_checkpoint, verify
 from policies.adapters import adapter_from_tensors
 from trajectories.codec import save_trajectory
 from trajectories.journal import read_journal
-from trajectories.records import AdapterWeights
+from trajectories.records import AdapterWeights, Cell
+
+log = logging.getLogger(__name__)
 
 
 def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
@@ -30,7 +34,8 @@ def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
     Returns the counts and the folder. Raises what `train` raises before its actors start.
     """
     require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
-    with _crew(recipe, lambda: RunFolder.create(recipe)) as (crew, folder):
+    assets = resolve_assets(recipe.environment.assets)
+    with _crew(recipe, assets, lambda: RunFolder.create(recipe)) as (crew, folder):
         demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
         for demo in demos:
             save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
@@ -46,6 +51,10 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         version: a published version; none: the last promoted one (0 when none was).
         manifest: `held-out` (the recipe's own) or `published` (10 tasks x 50 initial states).
 
+    Returns:
+        The rate, its interval, the kind of assets, and a warning (logged too) for each difference between this stack
+        and the run's.
+
     Raises:
         RecipeError: no such run, version or manifest.
     """
@@ -57,14 +66,10 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     start = Path(recipe.start) if recipe.start else path
     verify(start / "checkpoints" / "start")
     adapter = _adapter(path, version)
-    match manifest:
-        case "held-out":
-            cells = held_out_cells(recipe.tasks, recipe.evaluation.sampling_seeds)
-        case "published":
-            cells = published_cells(recipe.tasks.suite)
-        case _:
-            raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
-    with _crew(recipe, lambda: RunFolder(path)) as (crew, folder):
+    cells = _cells(recipe, manifest)
+    assets = resolve_assets(recipe.environment.assets)
+    with _crew(recipe, assets, lambda: RunFolder(path)) as (crew, folder):
+        warnings = _differences_from(path, recipe, crew, assets)
         crew.start_serving(
             recipe.serving,
             policy=recipe.policy,
@@ -91,10 +96,12 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         "version": version,
         "hash": content_hash,
         "manifest": manifest,
+        "assets": assets.kind,
         "episodes": len(out.success),
         "success": round(out.rate, 4),
         "wilson": [round(low, 4), round(high, 4)],
         "faults": len(out.faulted),
+        "warnings": warnings,
     }
 
 
@@ -102,6 +109,24 @@ def last_promoted(path: Path) -> int:
     """The version in force when a run ended."""
     promoted = [e["version"] for e in read_journal(path / "events.jsonl") if e["event"] == "promoted"]
     return promoted[-1] if promoted else 0
+
+
+def _cells(recipe: Recipe, manifest: str) -> tuple[Cell, ...]:
+    match manifest:
+        case "held-out":
+            return held_out_cells(recipe.tasks, recipe.evaluation.sampling_seeds)
+        case "published":
+            return published_cells(recipe.tasks.suite)
+    raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
+
+
+def _differences_from(path: Path, recipe: Recipe, crew: Crew, assets: ResolvedAssets) -> list[str]:
+    """One line, logged too, for each difference between a run's stack and this one."""
+    stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
+    lines = differences(read_fingerprint(path), stack)
+    if lines:
+        log.warning("the stack differs from the run's: %s", "; ".join(lines))
+    return lines
 
 
 def _adapter(path: Path, version: int) -> AdapterWeights | None:
@@ -118,9 +143,10 @@ def _adapter(path: Path, version: int) -> AdapterWeights | None:
 
 
 @contextmanager
-def _crew(recipe: Recipe, make_folder: Callable[[], RunFolder]) -> Iterator[tuple[Crew, RunFolder]]:
+def _crew(
+    recipe: Recipe, assets: ResolvedAssets, make_folder: Callable[[], RunFolder]
+) -> Iterator[tuple[Crew, RunFolder]]:
     """A fleet of rollout actors and the run folder they report to."""
-    assets = resolve_assets(recipe.environment.assets)
     connect()
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = make_folder()

@@ -7,10 +7,12 @@ renderers differ in the last bits, so versions, renderer, assets and first frame
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,10 @@ from envs.assets import ResolvedAssets
 PACKAGES = ("mujoco", "robosuite", "hf-libero", "bddl", "gymnasium", "numpy")
 TESTED = {"mujoco": "3.3.2", "robosuite": "1.4.0"}
 """Versions under which LIBERO draws and moves as published."""
+
+
+class FingerprintError(ValueError):
+    """A fingerprint that cannot be read, or two that rule each other out."""
 
 
 def first_frame_hash(observation: Mapping[str, np.ndarray]) -> str:
@@ -43,6 +49,7 @@ def stack_fingerprint(
     assets: ResolvedAssets,
     environment: EnvironmentPart | None = None,
     first_frames: Mapping[str, str] | None = None,
+    renderer: str | None = None,
 ) -> dict[str, Any]:
     """The fingerprint as JSON values.
 
@@ -50,6 +57,7 @@ def stack_fingerprint(
         assets: what the environments draw.
         environment: the recipe's part, where one is in force.
         first_frames: `suite/task_id` -> `first_frame_hash` of that task's initial state 0 with seed 0.
+        renderer: what the simulators draw with; none: this process's `MUJOCO_GL`.
 
     Returns:
         `comparable_with_published` is false, and `differs_from_published` says why, when the assets are stand-ins,
@@ -69,7 +77,7 @@ def stack_fingerprint(
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",
         "versions": versions,
-        "renderer": os.environ.get("MUJOCO_GL") or "unset",
+        "renderer": renderer or os.environ.get("MUJOCO_GL") or "unset",
         "assets": {"kind": assets.kind, "digest": assets.digest},
         "environment": environment.model_dump(mode="json", exclude={"assets", "renderer"})
         if environment
@@ -97,6 +105,34 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
         elif a != b:
             lines.append(_line(key, a, b))
     return lines
+
+
+def read_fingerprint(run: Path) -> dict[str, Any]:
+    """The fingerprint in a run folder; empty where there is none. Raises FingerprintError when it is damaged."""
+    path = run / "fingerprint.json"
+    if not path.is_file():
+        return {}
+    try:
+        stack: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise FingerprintError(f"{path} is not JSON ({error}); remove it to go on without it") from error
+    return stack
+
+
+def require_same_world(before: Mapping[str, Any], after: Mapping[str, Any], *, what: str) -> None:
+    """Raise FingerprintError when one side simulates procedural stand-ins and the other does not.
+
+    The same cells are different worlds then: other shapes, masses and frictions, not only other pictures. A side that
+    does not say what it simulates is passed over.
+    """
+    old, new = (stack.get("assets", {}) for stack in (before, after))
+    if not old or not new or old["digest"] == new["digest"]:
+        return
+    if (old["kind"] == "stand-in") != (new["kind"] == "stand-in"):
+        raise FingerprintError(
+            f"{what}: the assets are {old['kind']} (digest {old['digest']}) on one side and {new['kind']} (digest "
+            f"{new['digest']}) on the other, so the same cells are not the same worlds; set environment.assets"
+        )
 
 
 def _line(name: str, before: object, after: object) -> str:

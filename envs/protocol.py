@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import TaskPart
-from envs.fingerprint import differences
+from envs.fingerprint import differences, read_fingerprint, require_same_world
 from envs.significance import (
     McNemarResult,
     mcnemar,
@@ -236,19 +236,12 @@ def compare_episodes(before: Path, after: Path) -> Comparison:
     Raises:
         FileNotFoundError: see `read_outcomes`.
         ComparisonError: see `read_outcomes` and `compare_outcomes`.
+        FingerprintError: one side ran on stand-in assets and the other did not, or a fingerprint is damaged.
     """
-    stacks = [path / "fingerprint.json" for path in (before, after)]
-    warnings = []
-    if all(stack.is_file() for stack in stacks):
-        warnings = differences(*map(_read_stack, stacks))
+    stacks = [read_fingerprint(path) for path in (before, after)]
+    require_same_world(*stacks, what=f"{before} and {after} cannot be compared")
+    warnings = differences(*stacks) if all(stacks) else []
     return compare_outcomes(read_outcomes(before), read_outcomes(after), warnings=warnings)
-
-
-def _read_stack(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ComparisonError(f"{path} is not JSON ({error}); remove it to compare without it") from error
 
 
 def _trial(file: Path, line: Mapping[str, Any]) -> tuple[Trial, str]:

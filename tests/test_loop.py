@@ -24,6 +24,7 @@ from actors.verbs import evaluate_run
 from configs.loader import RecipeError, load_recipe
 from configs.schema import EnvironmentPart, Recipe
 from envs.assets import resolve_assets
+from envs.fingerprint import FingerprintError
 from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import ActionSample, Cell, Observation
@@ -167,6 +168,32 @@ def test_a_run_of_the_same_name_moves_the_earlier_one_aside(tiny: Recipe, tmp_pa
     assert load_recipe(tmp_path / "twice" / "recipe.yaml") == recipe
 
 
+def test_a_start_of_another_world_is_refused_and_of_another_stack_is_said(
+    tiny: Recipe, trained_run: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(trained_run, source)
+    stack = json.loads((source / "fingerprint.json").read_text())
+
+    def alter(**parts: Any) -> None:
+        (source / "fingerprint.json").write_text(json.dumps(stack | parts))
+
+    recipe = changed(tiny, rollouts={"rounds": 0}).model_copy(
+        update={"name": "other", "root": str(tmp_path), "start": str(source)}
+    )
+    alter(assets={"kind": "explicit" if stack["assets"]["kind"] == "stand-in" else "stand-in", "digest": "0"})
+    with pytest.raises(
+        FingerprintError, match=r"start: .* is of another world than this run: the assets are"
+    ):
+        train(recipe)
+    assert not (tmp_path / "other").exists()
+    alter(python="3.10.0")
+    train(recipe)
+    (event,) = read_journal(tmp_path / "other" / "events.jsonl")
+    assert event["event"] == "stack_differs"
+    assert event["reason"].startswith("python: 3.10.0 before, ")
+
+
 def test_a_finished_run_can_be_evaluated_again(trained_run: Path, tmp_path: Path) -> None:
     """The same weights on the same cells give the same outcomes: what was trained is what was saved."""
     copy = tmp_path / "copy"
@@ -176,6 +203,8 @@ def test_a_finished_run_can_be_evaluated_again(trained_run: Path, tmp_path: Path
     second = episodes(copy, "evaluation-held-out")
     assert again["episodes"] == len(first) == len(second)
     assert again["hash"] == first[0]["policy_hash"]
+    assert again["assets"] == json.loads((trained_run / "result.json").read_text())["assets"]
+    assert again["warnings"] == []
     assert {cell_of(e): e["success"] for e in first} == {cell_of(e): e["success"] for e in second}
     with pytest.raises(RecipeError, match="holds no version 99"):
         evaluate_run(copy, version=99, manifest="held-out")

@@ -10,7 +10,7 @@ import pytest
 
 from configs.schema import EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets
-from envs.fingerprint import differences, first_frame_hash, stack_fingerprint
+from envs.fingerprint import FingerprintError, differences, first_frame_hash, stack_fingerprint
 from envs.protocol import (
     ComparisonError,
     compare_episodes,
@@ -237,8 +237,35 @@ def test_a_run_folder_is_read_as_its_last_evaluated_version(tmp_path: Path) -> N
     assert (comparison.overall.test.better, comparison.overall.test.n) == (1, 1)
     assert comparison.warnings == ("renderer: gl-a before, gl-b after",)
     (tmp_path / "a" / "fingerprint.json").write_text("{")
-    with pytest.raises(ComparisonError, match=r"fingerprint\.json is not JSON"):
+    with pytest.raises(FingerprintError, match=r"fingerprint\.json is not JSON"):
         compare_episodes(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "digests", "refused"),
+    [
+        (("stand-in", "hub"), ("aa", "bb"), True),
+        (("explicit", "stand-in"), ("aa", "bb"), True),
+        (("explicit", "stand-in"), ("aa", "aa"), False),  # the stand-ins, by their path
+        (("cache", "hub"), ("aa", "bb"), False),  # a difference, but both are LIBERO's own
+    ],
+)
+def test_evaluations_in_different_worlds_are_not_compared(
+    tmp_path: Path, kinds: tuple[str, str], digests: tuple[str, str], refused: bool
+) -> None:
+    for name, kind, digest in zip("ab", kinds, digests, strict=True):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "episodes.jsonl", [line(0, 30, "success")])
+        (tmp_path / name / "fingerprint.json").write_text(
+            json.dumps({"assets": {"kind": kind, "digest": digest}})
+        )
+    if refused:
+        with pytest.raises(
+            FingerprintError, match=r"cannot be compared: the assets are .* not the same worlds"
+        ):
+            compare_episodes(tmp_path / "a", tmp_path / "b")
+    else:
+        assert compare_episodes(tmp_path / "a", tmp_path / "b").warnings
 
 
 def test_training_seeds_are_paired_apart_and_arms_are_selected(tmp_path: Path) -> None:
