@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -34,6 +35,11 @@ OBJECT_STORE_BYTES = 1 << 30
 """Size of a local cluster's object store: trajectories in flight and a few weight versions."""
 
 
+PLACEMENT_DEADLINE_S = 600.0
+"""How long actors may take to find a place and start."""
+_ROUNDING = 1e-6
+
+
 class PlacementError(RuntimeError):
     """The recipe asks for more than the cluster has."""
 
@@ -61,10 +67,47 @@ def connect() -> None:
     ray.init(**options)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """What one kind of actor asks of the cluster."""
+
+    what: str
+    count: int
+    cpus: float
+    gpus: float = 0.0
+    fields: str
+    """The recipe's settings that it comes from."""
+
+    def each(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
+
+
+def rollout_ask(part: RolloutPart) -> Ask:
+    """What the rollout actors ask for."""
+    fields = "rollouts.actors or rollouts.cpus_per_actor"
+    return Ask(what="rollout actor", count=part.actors, cpus=part.cpus_per_actor, fields=fields)
+
+
+def serving_ask(part: ServingPart) -> Ask:
+    """What the policy actors ask for."""
+    return Ask(
+        what="policy actor",
+        count=part.actors,
+        cpus=part.cpus_per_actor,
+        gpus=part.gpus_per_actor,
+        fields="serving.actors, serving.cpus_per_actor or serving.gpus_per_actor",
+    )
+
+
+def learner_ask(part: LearnerPart) -> Ask:
+    """What the learner asks for."""
+    return Ask(what="learner", count=1, cpus=part.cpus, gpus=part.gpus, fields="learner.cpus or learner.gpus")
+
+
 def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerPart) -> None:
-    """Raise PlacementError naming the first resource of which a recipe wants more than the cluster has."""
-    gpus = serving.actors * serving.gpus_per_actor + learner.gpus
-    cpus = serving.actors * serving.cpus_per_actor + rollouts.actors * rollouts.cpus_per_actor + learner.cpus
+    """Raise PlacementError when a recipe wants more than the cluster has, all in all or on one node."""
+    asks = (rollout_ask(rollouts), serving_ask(serving), learner_ask(learner))
+    gpus, cpus = sum(a.count * a.gpus for a in asks), sum(a.count * a.cpus for a in asks)
     wants = (
         ("GPU", gpus, "serving.gpus_per_actor or learner.gpus"),
         ("CPU", cpus, "rollouts.actors, rollouts.cpus_per_actor, serving.cpus_per_actor or learner.cpus"),
@@ -76,10 +119,59 @@ def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerP
                 f"the recipe asks for {amount:g} {name}s and the cluster has {has.get(name, 0.0):g}; "
                 f"lower {fields}, or add nodes"
             )
+    check_packs(asks, _nodes())
+
+
+def check_packs(asks: Iterable[Ask], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise PlacementError naming the first kind of actor that no node has room for beside the others.
+
+    The largest go first, each to the first node with room. Ray moves no actor once it is placed, so what does not
+    fit this way would in all likelihood wait for ever.
+
+    Args:
+        asks: what the recipe wants.
+        nodes: of each node, how much of `CPU` and `GPU` it has.
+    """
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    for ask in sorted(asks, key=lambda a: (-a.gpus, -a.cpus)):
+        for _ in range(ask.count):
+            room = (n for n in free if n[0] + _ROUNDING >= ask.cpus and n[1] + _ROUNDING >= ask.gpus)
+            node = next(room, None)
+            if node is None:
+                raise PlacementError(
+                    f"no node has room for a {ask.what} of {ask.each()} beside the rest of the recipe; the nodes have "
+                    f"{_listed(nodes)}; lower {ask.fields}, or use larger nodes"
+                )
+            node[0] -= ask.cpus
+            node[1] -= ask.gpus
+
+
+def wait_until_placed(actors: Sequence[Any], ask: Ask, *, deadline_s: float = PLACEMENT_DEADLINE_S) -> None:
+    """Wait until every actor has a place and has started. Raises PlacementError when that takes too long: what the
+    cluster has may be in use by others."""
+    started = [actor.__ray_ready__.remote() for actor in actors]
+    _, late = ray.wait(started, num_returns=len(started), timeout=deadline_s)
+    if late:
+        unused = ray.available_resources()
+        free = f"{unused.get('CPU', 0.0):g} CPUs and {unused.get('GPU', 0.0):g} GPUs"
+        raise PlacementError(
+            f"{len(late)} of {len(started)} {ask.what}s did not start in {deadline_s:.0f} s; each asks for "
+            f"{ask.each()}, the nodes have {_listed(_nodes())}, of which {free} are free; lower {ask.fields}, or wait "
+            "until other jobs end"
+        )
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _listed(nodes: Iterable[Mapping[str, float]]) -> str:
+    return ", ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes)
 
 
 class Crew:
-    """Handles on every actor of a run."""
+    """Handles on every actor of a run. What starts actors that need CPUs or GPUs raises PlacementError when they find
+    no place in PLACEMENT_DEADLINE_S."""
 
     def __init__(self) -> None:
         self.monitor: Any = MonitorActor.options(num_cpus=0).remote()
@@ -102,6 +194,7 @@ class Crew:
             for _ in range(part.actors)
         ]
         self._others += actors
+        wait_until_placed(actors, rollout_ask(part))
         self.fleet = Fleet(
             actors, slots=part.envs_per_actor, timeout_s=part.episode_timeout_s, on_event=on_event
         )
@@ -131,6 +224,7 @@ class Crew:
             monitor=self.monitor,
         )
         self._others.append(self.learner)
+        wait_until_placed([self.learner], learner_ask(part))
 
     def start_store(self, folder: str, *, preference: PreferencePart, seed: int) -> None:
         """Start the actor that owns the preference store."""
@@ -162,6 +256,7 @@ class Crew:
             for _ in range(part.actors)
         ]
         self._others += [*self.server.shards, *self.policies]
+        wait_until_placed(self.policies, serving_ask(part))
 
     def dismiss(self) -> None:
         """End every actor of this run."""

@@ -25,7 +25,17 @@ from actors.parameter_server import (
     find_shards,
     pull_snapshot,
 )
-from actors.placement import Crew, PlacementError, check_fits, connect
+from actors.placement import (
+    Crew,
+    PlacementError,
+    check_fits,
+    check_packs,
+    connect,
+    learner_ask,
+    rollout_ask,
+    serving_ask,
+    wait_until_placed,
+)
 from actors.policy import PolicyActor
 from actors.rollout import decision_seed
 from actors.run_folder import RunFolder
@@ -122,6 +132,42 @@ def cluster() -> None:
 def test_more_gpus_than_exist_is_one_clear_line(cluster: None) -> None:
     with pytest.raises(PlacementError, match=r"asks for 4 GPUs and the cluster has 0; lower serving"):
         check_fits(rollouts=RolloutPart(), serving=ServingPart(gpus_per_actor=4), learner=LearnerPart())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([{"CPU": 4.0}, {"CPU": 2.0}], None),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], "no node has room for a learner of 4 CPUs and 0 GPUs beside"),
+        (
+            [{"CPU": 4.0}, {"CPU": 1.0}, {"CPU": 1.0}],
+            "for a policy actor of 2 CPUs and 0 GPUs beside the rest",
+        ),
+    ],
+)
+def test_every_actor_needs_a_node_with_room(nodes: list[dict[str, float]], said: str | None) -> None:
+    """Every cluster here has six CPUs in total, which is what is asked for."""
+    asks = [serving_ask(ServingPart(cpus_per_actor=2)), learner_ask(LearnerPart(cpus=4))]
+    if said is None:
+        check_packs(asks, nodes)
+    else:
+        with pytest.raises(PlacementError, match=f"{said}.*; the nodes have .*; lower .*, or use larger"):
+            check_packs(asks, nodes)
+
+
+def test_shares_of_a_node_add_up() -> None:
+    check_packs([rollout_ask(RolloutPart(actors=10, cpus_per_actor=0.1))], [{"CPU": 1.0}])
+
+
+@pytest.mark.ray
+def test_actors_that_find_no_place_are_not_waited_for_for_ever(cluster: None) -> None:
+    worker = Worker.options(num_cpus=1000).remote()  # type: ignore[attr-defined]
+    ask = rollout_ask(RolloutPart(cpus_per_actor=1000))
+    with pytest.raises(
+        PlacementError, match=r"1 of 1 rollout actors did not start in 2 s; each asks for 1000 CPUs"
+    ):
+        wait_until_placed([worker], ask, deadline_s=2.0)
+    ray.kill(worker)
 
 
 @pytest.mark.ray
