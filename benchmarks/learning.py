@@ -77,8 +77,8 @@ def last_version(folder: Path) -> int:
     return promoted[-1] if promoted else 0
 
 
-def rows_of(folder: Path, arm: str, seed: int) -> list[dict[str, Any]]:
-    """Every raw held-out outcome of the version a finished run ended with."""
+def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, Any]]:
+    """Every raw held-out outcome of one version of a run."""
     return [
         {
             "arm": arm,
@@ -91,7 +91,7 @@ def rows_of(folder: Path, arm: str, seed: int) -> list[dict[str, Any]]:
             "policy_version": e["policy_version"],
             "policy_hash": e["policy_hash"],
         }
-        for e in held_out(folder, last_version(folder))
+        for e in held_out(folder, version)
     ]
 
 
@@ -104,10 +104,11 @@ def measure(recipe: Path, arms: Sequence[str], seeds: Sequence[int], file: Path,
         if missing or (START, seed) not in held:
             run_arm(recipe, START, seed, root)
         if (START, seed) not in held:
-            journal.extend(rows_of(root / run_name(START, seed), START, seed))
+            journal.extend(rows_of(root / run_name(START, seed), START, seed, 0))
         for arm in missing:
             run_arm(recipe, arm, seed, root)
-            journal.extend(rows_of(root / run_name(arm, seed), arm, seed))
+            folder = root / run_name(arm, seed)
+            journal.extend(rows_of(folder, arm, seed, last_version(folder)))
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]], arm: str, seed: int) -> Outcomes:

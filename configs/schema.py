@@ -158,12 +158,17 @@ class PreferencePart(Part):
         description="reference policy: the one that produced each trajectory (its recorded log-probs), or the "
         "supervised start (adapter off)",
     )
-    preference_weight: float = Field(1.0, ge=0, description="weight of the DPO term")
+    preference_weight: float = Field(
+        0.05,
+        ge=0,
+        description="weight of the DPO term; its gradient is large beside the likelihood terms', which are per token: "
+        "at 1 it drowns them, and the policy gets worse where it was good",
+    )
     anchor_weight: float = Field(0.2, ge=0, description="weight of -log pi on the chosen side of each pair")
     success_weight: float = Field(1.0, ge=0, description="weight of -log pi on successful trajectories")
     demo_weight: float = Field(0.5, ge=0, description="weight of -log pi on the demonstrations")
     rejected_floor: float = Field(
-        0.2,
+        0.05,
         gt=0,
         description="nats per token by which a rejected chunk's log-prob may fall below its reference; past it "
         "the chunk gives no gradient",

@@ -2,9 +2,9 @@
 
 A failed episode runs to its step limit, most of it long after the grasp was missed. A preference between whole
 trajectories then mostly lowers what the policy does where nothing can be saved. Here a linear probe estimates the
-chance of success from what the policy sees, and a decision's credit is the change it brings: the
-temporal-difference error of an undiscounted value function whose only reward is the outcome (Sutton & Barto
-2018, section 6.1).
+chance of success from what the policy sees, and a decision's credit is the change that follows it: generalised
+advantage estimation with discount 1 and the outcome as the only reward (Schulman et al. 2016, arXiv 1506.02438,
+Eq. 16). Its trace reaches back from where a loss shows (the gripper closes on nothing) to what caused it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+TRACE = 0.7
+"""Lambda: how much of a later change each earlier decision shares in."""
 FOLDS = 5
 RIDGE = 1e-3
 """Weight of the squared coefficients (of standardised features) in the probe's mean log loss."""
@@ -22,8 +24,8 @@ RIDGE = 1e-3
 def credits(
     features: Sequence[torch.Tensor], successes: Sequence[bool], groups: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Credit of every decision, float32 [T] per trajectory, in [-1, 1]: V(next state) - V(state), V being the
-    estimated chance of success; the last decision's next value is the outcome itself.
+    """Credit of every decision, float32 [T] per trajectory: the sum over decisions l steps ahead of TRACE^l times
+    V(next state) - V(state), V being the estimated chance of success and the last next value the outcome itself.
 
     `features` float [T, F] per trajectory, one row per decision. A trajectory's values come from probes that were
     fitted to other groups (say, other initial states), so none has seen its own outcome; with a single group
@@ -31,7 +33,8 @@ def credits(
     """
     values = _values(features, torch.tensor(successes, dtype=torch.float32), torch.tensor(groups))
     ends = [value.new_tensor([float(success)]) for value, success in zip(values, successes, strict=True)]
-    return [torch.cat([value[1:], end]) - value for value, end in zip(values, ends, strict=True)]
+    changes = [torch.cat([value[1:], end]) - value for value, end in zip(values, ends, strict=True)]
+    return [_traced(change) for change in changes]
 
 
 def decisive(credit: torch.Tensor, *, success: bool, most: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +44,13 @@ def decisive(credit: torch.Tensor, *, success: bool, most: int) -> tuple[torch.T
     weights, indices = moved.topk(min(most, len(moved)))
     weights = weights.clamp_min(1e-6)
     return indices, weights / weights.sum()
+
+
+def _traced(changes: torch.Tensor) -> torch.Tensor:
+    credit = changes.clone()
+    for k in range(len(credit) - 2, -1, -1):
+        credit[k] += TRACE * credit[k + 1]
+    return credit
 
 
 def _values(

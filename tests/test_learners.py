@@ -144,7 +144,7 @@ def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray], *, but: st
 def test_the_first_step_of_the_acting_policy_is_exactly_undecided(method: str, reference: str) -> None:
     policy = new_policy()
     pairs = pairs_of(policy, 3)
-    part = PreferencePart(steps=1, reference=reference, beta=0.1)
+    part = PreferencePart(steps=1, reference=reference, preference_weight=1)
     report = new_learner(policy, part, AdapterPart(method=method, rank=4, alpha=8)).update(pairs, (), ())
     first = report.history[0]
     assert report.stopped == ""
@@ -177,7 +177,14 @@ def test_learning_tells_chosen_from_rejected(method: str, credit: str, beta: flo
     successes = [pair.chosen for pair in pairs]
     demos = [demonstration(seed=50)]
     part = PreferencePart(
-        steps=40, lr=5e-3, credit=credit, beta=beta, decisions_per_trajectory=10, demo_weight=1
+        steps=40,
+        lr=5e-3,
+        credit=credit,
+        preference_weight=1,
+        beta=beta,
+        rejected_floor=0.2,
+        decisions_per_trajectory=10,
+        demo_weight=1,
     )
     learner = new_learner(policy, part, AdapterPart(method=method, rank=4, alpha=8))
     steps: list[int] = []
@@ -232,7 +239,9 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     draw = Draw(pairs=sides, successes=pool.rows(successes[0]), demos=pool.rows(demos[0])[:3])
     assert sum(len(side.rows) for pair in sides for side in pair) > 64
 
-    part = PreferencePart(beta=0.05, rejected_floor=0.02, success_weight=0.2, demo_weight=0.1)
+    part = PreferencePart(
+        preference_weight=1, beta=0.05, rejected_floor=0.02, success_weight=0.2, demo_weight=0.1
+    )
     with adapters.merged_forward(policy.module):
         metrics = accumulate_gradients(draw, pool, part)
     found = {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -293,7 +302,12 @@ def test_the_floor_keeps_rejected_chunks_from_dragging_the_chosen_down() -> None
         policy = new_policy()
         pairs = pairs_of(policy, 2)
         part = PreferencePart(
-            steps=60, lr=2e-3, credit="uniform", rejected_floor=floor, decisions_per_trajectory=12, anchor_weight=0
+            steps=60,
+            lr=2e-3,
+            credit="uniform",
+            rejected_floor=floor,
+            decisions_per_trajectory=12,
+            anchor_weight=0,
         )
         final[floor] = new_learner(policy, part, drop=50).update(pairs, (), ()).metrics
     assert final[50.0]["margin"] > final[0.05]["margin"] > 1

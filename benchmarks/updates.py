@@ -1,0 +1,170 @@
+"""What is each part of an update worth? One round's rollouts, learned from in several ways, each driven held-out.
+
+    python -m benchmarks.updates RUN [--variants NAME,...]
+
+RUN is a finished run of `benchmarks.learning` (say runs/learning-sft-s0): its first round of rollouts, made by the
+supervised start, is what every variant learns from, so that variants differ in the update alone. Every held-out
+episode is added to docs/results/updates.jsonl, and the table with what each update measured of itself is written to
+docs/results/updates.md. A variant that is in the file is not run again.
+"""
+
+from __future__ import annotations
+
+import actors  # noqa: F401  (before ray: it settles how ray authenticates)
+
+# isort: split
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+
+from actors.pipeline import evaluate
+from actors.placement import Crew, connect
+from actors.run_folder import RunFolder
+from actors.stages import Version, publish
+from benchmarks.fingerprint import software_fingerprint
+from benchmarks.learning import START, rows_of, table
+from configs.loader import load_recipe
+from configs.schema import Recipe
+from envs.assets import resolve_assets
+from preferences.pairing import candidate_of, mine_pairs
+from trajectories.codec import load_trajectory
+from trajectories.journal import Journal, read_journal
+from trajectories.records import PreferencePair, Trajectory
+
+SFT = ("preference.preference_weight=0", "preference.anchor_weight=0")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "sft": SFT,
+    "dpo": (),
+}
+"""Changes to the run's recipe."""
+
+
+class Round:
+    """The rollouts of a run's supervised start, and actors to learn from them and to drive what was learned."""
+
+    def __init__(self, run: Path, folder: RunFolder, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        start = Path(recipe.start or run)
+        self._checkpoint = str((start / "checkpoints" / "start").resolve())
+        driven = [load_trajectory(path) for path in sorted((run / "trajectories").iterdir())]
+        trajectories = {t.trajectory_id: t for t in driven if t.policy_version == 0}
+        self._data = (
+            ray.put(_pairs(trajectories, recipe)),
+            ray.put([t for t in trajectories.values() if t.success]),
+        )
+        self._demos = [load_trajectory(path) for path in sorted((start / "demonstrations").iterdir())]
+        self._crew = Crew()
+        self._crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
+        self._crew.start_fleet(
+            recipe.rollouts,
+            environment=recipe.environment,
+            assets=resolve_assets(recipe.environment.assets),
+            on_event=folder.event,
+        )
+        self._crew.start_serving(
+            recipe.serving,
+            policy=recipe.policy,
+            image_size=recipe.environment.image_size,
+            start_checkpoint=self._checkpoint,
+            num_shards=recipe.learner.parameter_shards,
+        )
+        self._start = publish(self._crew, folder, None)
+
+    def drive_start(self) -> None:
+        evaluate(self.recipe, self.folder, self._crew, self._start)
+
+    def learn(self, recipe: Recipe) -> tuple[dict[str, Any], Version | None]:
+        """Learn from the round under another recipe; what the update says of itself, and what it gave."""
+        self._crew.start_learner(
+            recipe.learner,
+            policy=recipe.policy,
+            supervised=recipe.supervised,
+            adapter=recipe.adapter,
+            preference=recipe.preference,
+            guard=recipe.guard,
+            image_size=recipe.environment.image_size,
+            seed=recipe.seed,
+        )
+        learner = self._crew.learner
+        ray.get(learner.load_start.remote(self._checkpoint, self._demos))
+        ray.get(learner.attach.remote(self._start.content_hash))
+        report, adapter = ray.get(learner.update.remote(*self._data))
+        ray.kill(learner)
+        if report.stopped:
+            return report.summary(), None
+        version = publish(self._crew, self.folder, adapter, keep=[0])
+        evaluate(recipe, self.folder, self._crew, version)
+        return report.summary(), version
+
+    def dismiss(self) -> None:
+        self._crew.dismiss()
+
+
+def _pairs(trajectories: dict[str, Trajectory], recipe: Recipe) -> list[PreferencePair]:
+    part = recipe.preference
+    refs, _ = mine_pairs(
+        [candidate_of(t) for t in trajectories.values()],
+        current_version=0,
+        max_staleness=part.max_staleness,
+        pairs_per_state=part.pairs_per_state,
+        seed=recipe.seed,
+    )
+    return [PreferencePair(chosen=trajectories[r.chosen], rejected=trajectories[r.rejected]) for r in refs]
+
+
+def measure(run: Path, recipe: Recipe, source: Path, variants: list[str], file: Path, notes: Path) -> None:
+    """Run what `file` does not hold yet, and add each variant's outcomes to it as it finishes."""
+    seed = recipe.seed
+    held = {(row["arm"], row["training_seed"]) for row in read_journal(file)}
+    missing = [name for name in (START, *variants) if (name, seed) not in held]
+    if not missing:
+        return
+    connect()
+    journal, said = Journal(file, fsync=True), Journal(notes, fsync=True)
+    folder = RunFolder.create(recipe)
+    this = Round(run, folder, recipe)
+    try:
+        for name in missing:
+            version = 0
+            if name == START:
+                this.drive_start()
+            else:
+                report, learned = this.learn(load_recipe(source, VARIANTS[name]))
+                said.append({"arm": name, "training_seed": seed, "changes": VARIANTS[name], **report})
+                version = learned.version if learned else 0
+            journal.extend(rows_of(folder.path, name, seed, version))
+    finally:
+        this.dismiss()
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="a finished run that began from another run's start")],
+    variants: Annotated[str, typer.Option(help="variants to run")] = ",".join(VARIANTS),
+    output: Annotated[Path, typer.Option(help="folder of the table and the episodes")] = Path("docs/results"),
+) -> None:
+    chosen = variants.split(",")
+    unknown = [name for name in chosen if name not in VARIANTS]
+    if unknown:
+        raise typer.BadParameter(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    recipe = load_recipe(run / "recipe.yaml")
+    name = f"updates-s{recipe.seed}"
+    measure(
+        run,
+        recipe.model_copy(update={"name": name}),
+        run / "recipe.yaml",
+        chosen,
+        output / "updates.jsonl",
+        output / "updates-reports.jsonl",
+    )
+    rows = read_journal(output / "updates.jsonl")
+    seeds = sorted({row["training_seed"] for row in rows})
+    text = table(rows, chosen, seeds)
+    (output / "updates.md").write_text(f"{text}\nSoftware: `{json.dumps(software_fingerprint())}`\n")
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
