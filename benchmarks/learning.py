@@ -31,14 +31,6 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone."""
 
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "dora-pairs-alone": ("preference.success_weight=0", "preference.demo_weight=0.1"),
-    "dora-lr-5e-4": ("preference.lr=5e-4",),
-    "dora-floor-2": ("preference.rejected_floor=2",),
-    "dora-beta-0.1": ("preference.beta=0.1",),
-}
-"""Further arms, run when named: what each part of the method is worth."""
-
 Outcomes = dict[tuple[int, int, int], bool]
 """(task, initial state, sampling seed) -> success."""
 
@@ -57,7 +49,7 @@ def run_arm(recipe: Path, arm: str, seed: int, root: Path) -> None:
     if arm == START:
         command.append("rollouts.rounds=0")
     else:
-        command += [f"start={root / run_name(START, seed)}", *(ARMS | ABLATIONS)[arm]]
+        command += [f"start={root / run_name(START, seed)}", *ARMS[arm]]
     typer.echo(" ".join(command))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -179,9 +171,9 @@ def main(
 ) -> None:
     root = Path("runs")
     chosen, numbers = arms.split(","), [int(s) for s in seeds.split(",")]
-    unknown = [arm for arm in chosen if arm not in ARMS | ABLATIONS]
+    unknown = [arm for arm in chosen if arm not in ARMS]
     if unknown:
-        raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS | ABLATIONS)}")
+        raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
     output.mkdir(parents=True, exist_ok=True)
     file = output / "learning.jsonl"
     if not report_only:

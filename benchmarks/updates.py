@@ -34,12 +34,25 @@ from trajectories.codec import load_trajectory
 from trajectories.journal import Journal, read_journal
 from trajectories.records import PreferencePair, Trajectory
 
-SFT = ("preference.preference_weight=0", "preference.anchor_weight=0")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "sft": SFT,
+    "sft": ("preference.preference_weight=0", "preference.anchor_weight=0"),
+    "sft-lr-5e-4": ("preference.preference_weight=0", "preference.anchor_weight=0", "preference.lr=5e-4"),
     "dpo": (),
+    "dpo-weight-1": ("preference.preference_weight=1", "preference.rejected_floor=0.2"),
+    "dpo-weight-1-beta-1": (
+        "preference.preference_weight=1",
+        "preference.beta=1",
+        "preference.decisions_per_trajectory=8",
+    ),
+    "dpo-whole-trajectories": (
+        "preference.credit=uniform",
+        "preference.preference_weight=1",
+        "preference.beta=0.02",
+        "preference.rejected_floor=0.2",
+        "preference.decisions_per_trajectory=12",
+    ),
 }
-"""Changes to the run's recipe."""
+"""Changes to the recipe. `sft` is likelihood of the successes (and demonstrations) alone; `dpo` changes nothing."""
 
 
 class Round:
