@@ -82,6 +82,7 @@ class Round:
             policy=recipe.policy,
             image_size=recipe.environment.image_size,
             start_checkpoint=self._checkpoint,
+            saved=str(folder.checkpoints),
             num_shards=recipe.learner.parameter_shards,
         )
         self._start = publish(self._crew, folder, None)
