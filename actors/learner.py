@@ -74,7 +74,7 @@ class Learner:
         self._demos = list(demos)
 
     def attach(self, base_hash: str) -> None:
-        """Freeze the start as the reference policy and attach the adapter that learns."""
+        """Freeze the start and attach the adapter that learns."""
         self._learner = PreferenceLearner(
             self._policy,
             adapter=self._adapter,

@@ -19,6 +19,7 @@ version in force while the learner works, so trajectories are at most one versio
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ from envs.protocol import held_out_cells, mcnemar, wilson
 from learners.checkpoint import verify
 from trajectories.codec import load_trajectory, save_trajectory
 
+log = logging.getLogger(__name__)
+
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from start to report.
@@ -62,7 +65,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     started = time.monotonic()
     assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:
-        check_start(Path(recipe.start), Path(recipe.root) / recipe.name, assets)
+        check_start(Path(recipe.start), recipe, assets)
     else:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     connect()
@@ -81,19 +84,38 @@ def train(recipe: Recipe) -> dict[str, Any]:
         result = summarize(recipe, folder, assets, before, after, wall_s=time.monotonic() - started)
         write_report(folder.path)
         return result
+    except BaseException:
+        log.warning("the run ended early; what it did until then is in %s", write_report(folder.path))
+        raise
     finally:
         crew.dismiss()
 
 
-def check_start(source: Path, target: Path, assets: ResolvedAssets) -> None:
-    """Raise RecipeError, FingerprintError or CheckpointError, naming what is wrong, unless the run `target` on these
-    assets can start from `source`."""
+def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
+    """Raise RecipeError, FingerprintError or CheckpointError, naming what is wrong, unless a run of this recipe on
+    these assets can start from `source`."""
     if not (source / "recipe.yaml").is_file():
         raise RecipeError(
             f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
         )
-    if source.resolve() == target.resolve():
+    if source.resolve() == (Path(recipe.root) / recipe.name).resolve():
         raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
+    theirs = load_recipe(source / "recipe.yaml")
+    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
+    if seen:
+        raise RecipeError(
+            f"start: {source} was trained on the initial states {seen}, which are among this recipe's "
+            "tasks.held_out_init_states; hold out others"
+        )
+    here, there = (
+        r.policy.model_dump(exclude={"temperature"}) | {"image_size": r.environment.image_size}
+        for r in (recipe, theirs)
+    )
+    unlike = [
+        f"{name} is {there[name]} there and {here[name]} here" for name in here if here[name] != there[name]
+    ]
+    if unlike:
+        raise RecipeError(f"start: {source} holds another policy: {'; '.join(unlike)}; use its settings")
     ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
     require_same_world(
         read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"
@@ -209,8 +231,10 @@ def settle(
 
 def recorded_start(recipe: Recipe, folder: RunFolder, start: Version) -> Outcomes | None:
     """The evaluation of a start that was taken up, when its own run has driven this very manifest with these very
-    weights in the same way; None otherwise."""
-    if recipe.start is None:
+    weights in the same way on the same stack; None otherwise."""
+    if recipe.start is None or differences(
+        read_fingerprint(Path(recipe.start)), read_fingerprint(folder.path)
+    ):
         return None
     source = load_recipe(Path(recipe.start) / "recipe.yaml")
     same = (source.environment, source.policy, source.evaluation.temperature) == (

@@ -133,7 +133,7 @@ class SupervisedPart(Part):
 
 
 class AdapterPart(Part):
-    """The low-rank adapter that preference learning trains (peft); the reference policy is the adapter off."""
+    """The low-rank adapter that preference learning trains (peft); with it off, the policy is the supervised start."""
 
     method: Literal["lora", "dora"] = Field(
         "dora", description="LoRA, or DoRA (LoRA with learned magnitudes)"
@@ -152,7 +152,11 @@ class PreferencePart(Part):
         description="what a trajectory's log-ratio sums: `value`, its decisive chunks, weighted by how much each "
         "changed the estimated chance of success; `uniform`, all its chunks alike",
     )
-    beta: float = Field(0.1, gt=0, description="DPO inverse temperature, on summed token log-ratios")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="DPO inverse temperature, on summed token log-ratios (see credit: of a chunk, or of all)",
+    )
     reference: Literal["behaviour", "start"] = Field(
         "behaviour",
         description="reference policy: the one that produced each trajectory (its recorded log-probs), or the "
@@ -161,8 +165,7 @@ class PreferencePart(Part):
     preference_weight: float = Field(
         0.05,
         ge=0,
-        description="weight of the DPO term; its gradient is large beside the likelihood terms', which are per token: "
-        "at 1 it drowns them, and the policy gets worse where it was good",
+        description="weight of the DPO term, whose gradient is large beside the per-token likelihood terms",
     )
     anchor_weight: float = Field(0.2, ge=0, description="weight of -log pi on the chosen side of each pair")
     success_weight: float = Field(1.0, ge=0, description="weight of -log pi on successful trajectories")
@@ -186,7 +189,9 @@ class PreferencePart(Part):
     pairs_per_state: int = Field(
         4, ge=1, description="at most this many pairs from one initial state and version"
     )
-    max_staleness: int = Field(2, ge=0, description="versions a trajectory may lag behind and still pair")
+    max_staleness: int = Field(
+        2, ge=0, description="versions a trajectory may lag behind and still be learned from"
+    )
     grad_clip: float = Field(1.0, gt=0, description="gradient norm limit")
 
 
@@ -194,9 +199,9 @@ class GuardPart(Part):
     """What stops a destructive update: a tripwire in the learner, and a canary before the fleet."""
 
     chosen_drop: float = Field(
-        0.5,
+        0.1,
         gt=0,
-        description="tripwire: nats per token that the chosen log-prob may fall below its reference",
+        description="tripwire: nats per token that chosen or successful decisions may fall below reference",
     )
     canary_episodes: int = Field(
         40,

@@ -162,6 +162,7 @@ def _learning(run: Run) -> list[str]:
         ("margin", "margin", 2),
         ("ranked right", "accuracy", 2),
         ("chosen log-ratio", "chosen_logratio", 3),
+        ("log-ratio of successes", "success_logratio", 3),
         ("rejected log-ratio", "rejected_logratio", 3),
     )
     lag = run.recipe.preference.max_staleness

@@ -63,13 +63,16 @@ def _mined(numbers: Mapping[str, Any]) -> str:
 
 def _learned(run: Run, numbers: Mapping[str, Any]) -> str:
     """What the update did where the tripwire let it end; an update that did not end has an event that says so."""
-    if numbers.get("stopped") != "" or numbers.get("chosen_logratio") is None:
+    watched = [
+        numbers[name] for name in ("chosen_logratio", "success_logratio") if numbers.get(name) is not None
+    ]
+    if numbers.get("stopped") != "" or not watched:
         return ""
     margin = numbers.get("margin")
     to = "" if margin is None else f" to a margin of {margin:.2f}"
     return (
-        f"{counted(numbers['steps'], 'step')}{to}, the chosen log-ratio at {numbers['chosen_logratio']:+.3f} nats per "
-        f"token (tripwire at {-run.recipe.guard.chosen_drop:g})."
+        f"{counted(numbers['steps'], 'step')}{to}, the preferred side's log-ratio at {min(watched):+.3f} nats "
+        f"per token (tripwire at {-run.recipe.guard.chosen_drop:g})."
     )
 
 

@@ -27,9 +27,9 @@ def credits(
     """Credit of every decision, float32 [T] per trajectory: the sum over decisions l steps ahead of TRACE^l times
     V(next state) - V(state), V being the estimated chance of success and the last next value the outcome itself.
 
-    `features` float [T, F] per trajectory, one row per decision. A trajectory's values come from probes that were
-    fitted to other groups (say, other initial states), so none has seen its own outcome; with a single group
-    there is one probe for all.
+    `features` float [T, F] per trajectory, one row per decision. A trajectory's values come from a probe that was
+    fitted to other groups (say, other initial states), so it has not seen the outcome it explains; where the other
+    groups have only successes, or only failures, the probe is fitted to all trajectories.
     """
     values = _values(features, torch.tensor(successes, dtype=torch.float32), torch.tensor(groups))
     ends = [value.new_tensor([float(success)]) for value, success in zip(values, successes, strict=True)]
@@ -62,7 +62,8 @@ def _values(
     values: list[torch.Tensor] = [torch.empty(0)] * len(standard)
     for fold in folds.unique():
         held_out = folds == fold
-        seen = torch.ones_like(held_out) if len(order) == 1 else ~held_out
+        # One kind of outcome teaches nothing: then it is all of them, its own included.
+        seen = ~held_out if len(outcomes[~held_out].unique()) == 2 else torch.ones_like(held_out)
         probe = _fit([standard[i] for i in seen.nonzero().flatten()], outcomes[seen])
         for i in held_out.nonzero().flatten().tolist():
             values[i] = torch.sigmoid(standard[i] @ probe[:-1] + probe[-1])

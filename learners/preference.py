@@ -15,7 +15,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.credit import credits, decisive
 from learners.decisions import DecisionPool
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
-from learners.terms import Draw, Side, accumulate_gradients, chosen_logratio
+from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio
 from policies import adapters
 from policies.protocol import Policy
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
@@ -183,12 +183,12 @@ class PreferenceLearner:
             history.append(metrics)
             if on_step is not None:
                 on_step(step, metrics)
-            trip = tripwire.check(metrics["chosen_logratio"], loss=metrics["loss"], grad_norm=norm)
+            trip = tripwire.check(lowest_logratio(metrics), loss=metrics["loss"], grad_norm=norm)
             if trip is not None:
                 return trip
             self._optimizer.step()
         # The checks above precede each step; this one judges what the last step left behind.
-        return Tripwire(self._guard.chosen_drop).check(chosen_logratio(draw, self._pool))
+        return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool)))
 
     def _draws(
         self,
@@ -220,7 +220,7 @@ class PreferenceLearner:
         return Side(rows=drawn, weights=torch.full((len(drawn),), len(rows) / len(drawn)))
 
     def _credits(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
-        """Credit of every decision by trajectory id; initial states of a task are the groups."""
+        """Credit of every decision by trajectory id; initial states are the groups, whatever the task."""
         distinct = list({t.trajectory_id: t for t in trajectories}.values())
         tasks = sorted({(t.cell.suite, t.cell.task_id) for t in distinct})
         features = []

@@ -53,20 +53,20 @@ class Tripwire:
     """Watches an update for what destroys a policy while loss and margin look healthy.
 
     DPO can raise its margin by lowering the chosen log-prob, so long as the rejected one falls faster (likelihood
-    displacement, arXiv 2410.08847). The guard is on the running mean of the chosen side's log-ratio.
+    displacement, arXiv 2410.08847). The guard is on the running mean of the preferred side's log-ratio.
     """
 
     def __init__(self, chosen_drop: float) -> None:
-        """`chosen_drop`: nats per token that the chosen side may fall below its reference."""
+        """`chosen_drop`: nats per token that the preferred side may fall below its reference."""
         self._limit = -chosen_drop
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def check(self, chosen_logratio: float, **finite: float) -> Trip | None:
+    def check(self, logratio: float, **finite: float) -> Trip | None:
         """Judge one step. `finite` are further values, by name, that must be finite."""
-        for name, value in {"chosen_logratio": chosen_logratio, **finite}.items():
+        for name, value in {"log-ratio": logratio, **finite}.items():
             if not math.isfinite(value):
                 return Trip(reason=f"{name} is not finite", value=value)
-        self._recent.append(chosen_logratio)
+        self._recent.append(logratio)
         mean = sum(self._recent) / len(self._recent)
         if mean < self._limit:
             return Trip(

@@ -11,7 +11,7 @@ A term of weight zero, or without data, is neither drawn nor computed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
     Metrics: `loss` and its unweighted terms `preference_loss`, `anchor_nll`, `success_nll`, `demo_nll` (nats; per
     token the last three); `accuracy`, share of pairs whose chosen implicit reward is the larger;
     `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`, `rejected_logratio`, means
-    per token of log pi / pi_ref before any bound (without pairs, `chosen_logratio` is of the successes);
+    per token of log pi / pi_ref before any bound; `success_logratio`, the same over the successful decisions drawn;
     `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected decisions at the floor.
     """
     sums = Sums()
@@ -78,12 +78,25 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
     return _metrics(sums, part)
 
 
-def chosen_logratio(draw: Draw, pool: DecisionPool) -> float:
-    """Mean log pi / pi_ref per token on the preferred decisions of a draw, under the weights as they are."""
-    rows = torch.cat([chosen.rows for chosen, _ in draw.pairs]) if draw.pairs else draw.successes
-    with torch.no_grad():
-        parts = [pool.score(part) - pool.reference(part) for part in rows.split(MICRO_BATCH)]
-    return torch.cat(parts).mean().item()
+def lowest_logratio(metrics: Mapping[str, float]) -> float:
+    """What the tripwire watches: of the chosen decisions (with value credit the few decisive ones) and of the
+    successful ones (drawn from all), the lower mean log-ratio per token."""
+    return min(metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics)
+
+
+def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
+    """Mean log pi / pi_ref per token on the preferred decisions of a draw, by the metric's name, under the weights as
+    they are."""
+    rows = {"success_logratio": draw.successes}
+    if draw.pairs:
+        rows["chosen_logratio"] = torch.cat([chosen.rows for chosen, _ in draw.pairs])
+    found = {}
+    for name, wanted in rows.items():
+        if len(wanted):
+            with torch.no_grad():
+                parts = [pool.score(part) - pool.reference(part) for part in wanted.split(MICRO_BATCH)]
+            found[name] = torch.cat(parts).mean().item()
+    return found
 
 
 def _groups(pairs: Sequence[tuple[Side, Side]]) -> Iterator[list[tuple[Side, Side]]]:
@@ -153,10 +166,8 @@ def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.T
 
 
 def _metrics(sums: Sums, part: PreferencePart) -> dict[str, float]:
-    names = [name for name in sums if not name.endswith("_count") and name != "success_logratio"]
+    names = [name for name in sums if not name.endswith("_count")]
     metrics = {name: sums.mean(name) for name in names}
-    if "chosen_logratio" not in metrics:
-        metrics["chosen_logratio"] = sums.mean("success_logratio")
     if "chosen_reward" in metrics:
         metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
     weights = {

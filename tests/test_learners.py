@@ -371,7 +371,7 @@ def test_success_only_training_needs_no_pairs() -> None:
     report = new_learner(policy, part).update((), successes, [demonstration(5)])
     assert report.stopped == ""
     assert report.metrics["success_nll"] < 0.9 * report.history[0]["success_nll"]
-    assert report.metrics["chosen_logratio"] > 0.1
+    assert report.metrics["success_logratio"] > 0.1
     assert "preference_loss" not in report.metrics
     assert "demo_nll" not in report.metrics
 

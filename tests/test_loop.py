@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import yaml
 
-from actors.pipeline import train
+from actors.pipeline import check_start, train
 from actors.placement import connect
 from actors.rollout import RolloutActor
 from actors.verbs import evaluate_run
@@ -29,6 +30,7 @@ from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import ActionSample, Cell, Observation
 
+ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.ray, pytest.mark.libero]
 
 
@@ -96,11 +98,10 @@ def test_a_destructive_update_never_reaches_the_fleet(
     tiny: Recipe, tmp_path: Path, guard: dict[str, float], expected: str
 ) -> None:
     """Learning rate and beta far too high: the tripwire stops it; with the tripwire out of reach, the canary does."""
-    recipe = changed(
-        tiny,
-        preference={"lr": 0.05, "beta": 5.0, "anchor_weight": 0.0, "success_weight": 0.0, "demo_weight": 0.0},
-        guard=guard,
-    ).model_copy(update={"name": expected, "root": str(tmp_path)})
+    reckless = yaml.safe_load((ROOT / "configs" / "destructive.yaml").read_text())["preference"]
+    recipe = changed(tiny, preference=reckless, guard=guard).model_copy(
+        update={"name": expected, "root": str(tmp_path)}
+    )
     result = train(recipe)
     run = tmp_path / expected
     kinds = [e["event"] for e in read_journal(run / "events.jsonl")]
@@ -254,3 +255,18 @@ def test_a_bad_action_quarantines_the_episode_and_nothing_else(kind: str, reason
     assert outcomes[0]["env_steps"] == 8
     assert (outcomes[1]["outcome"], outcomes[1]["env_steps"]) == ("timeout", 24)
     ray.kill(rollouts)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("tasks", {"held_out_init_states": (3, 45)}, r"trained on the initial states \[3\]"),
+        ("policy", {"chunk": 4}, "chunk is 8 there and 4 here"),
+        ("environment", {"image_size": 128}, "image_size is 64 there and 128 here"),
+    ],
+)
+def test_a_start_that_does_not_fit_the_recipe_is_refused(
+    trained_run: Path, tiny: Recipe, part: str, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        check_start(trained_run, changed(tiny, **{part: change}), resolve_assets(None))

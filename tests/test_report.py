@@ -150,6 +150,7 @@ def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fau
                 "version": 0,
                 "step": step,
                 "chosen_logratio": 0.01 * step,
+                "success_logratio": 0.02 * step,
                 "rejected_logratio": -0.02 * step,
                 **reward,
             }
@@ -198,10 +199,10 @@ def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
     assert "not comparable with published tables" in text
     assert "7 pairs from 10 groups of rollouts, of which 2 gave only successes and 3 only failures" in text
     assert (
-        "10 steps to a margin of 0.20, the chosen log-ratio at +0.100 nats per token (tripwire at -0.5)."
+        "10 steps to a margin of 0.20, the preferred side's log-ratio at +0.100 nats per token (tripwire at -0.1)."
         in text
     )
-    assert "| 0 | 7 | 10 | 0.20 | 0.75 | 0.100 | -0.200 |" in text
+    assert "| 0 | 7 | 10 | 0.20 | 0.75 | 0.100 | 0.200 | -0.200 |" in text
     assert "; DoRA of rank 32, sigmoid DPO on decisive chunks with beta 0.02, synchronous schedule" in text
     assert "Version 1 was **promoted**: 26 successes on 40 canary cells against 17" in text
     assert "**The fleet ends on version 1.**" in text
