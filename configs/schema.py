@@ -173,8 +173,7 @@ class PreferencePart(Part):
     rejected_floor: float = Field(
         0.05,
         gt=0,
-        description="nats per token by which a rejected chunk's log-prob may fall below its reference; past it "
-        "the chunk gives no gradient",
+        description="nats per token that a rejected chunk may fall below reference and still give gradient",
     )
     lr: float = Field(2e-4, gt=0, description="AdamW learning rate of the adapter")
     steps: int = Field(150, ge=1, description="optimizer steps per round")
