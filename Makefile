@@ -69,9 +69,9 @@ format: setup  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: setup  ## the speed benchmarks, a table each (benchmarks.learning takes hours and is run by hand)
+benchmarks: setup  ## the speed benchmarks, a table and docs/benchmarks/*.json each (benchmarks.learning takes hours and is run by hand)
 	@for name in rollouts serving learner broadcast; do \
-		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
+		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" --output "docs/benchmarks/$$name.json"; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

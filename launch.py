@@ -107,10 +107,12 @@ def collect(recipe: RecipeArgument = QUICKSTART, overrides: Overrides = None) ->
 def compare(
     before: Annotated[Path, typer.Argument(help="run folder, or a JSON-lines file of episodes")],
     after: Annotated[Path, typer.Argument(help="run folder, or a JSON-lines file of episodes")],
+    before_arm: Annotated[str | None, typer.Option(help="arm to take from a file of several")] = None,
+    after_arm: Annotated[str | None, typer.Option(help="arm to take from a file of several")] = None,
 ) -> None:
     """Compare two runs on the cells both evaluated: rates, Wilson intervals, exact McNemar."""
     with one_line_errors():
-        comparison = compare_episodes(before, after)
+        comparison = compare_episodes(before, after, before_arm=before_arm, after_arm=after_arm)
     if comparison.warnings:
         typer.echo(f"pairloom: the stacks differ: {'; '.join(comparison.warnings)}", err=True)
     table = Table(title=f"{before} -> {after}")

@@ -149,7 +149,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="timed steps of each variant", min=1)] = 10,
     threads: Annotated[int, typer.Option(help="torch threads", min=1)] = 1,
     pairs_per_step: Annotated[int, typer.Option(help="pairs per optimizer step", min=1)] = 4,
-    decisions_per_trajectory: Annotated[int, typer.Option(help="decisions drawn from each side", min=1)] = 12,
+    decisions_per_trajectory: Annotated[int, typer.Option(help="decisions drawn from each side", min=1)] = 4,
     bins: Annotated[int, typer.Option(help="action bins per dimension")] = 21,
     output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
 ) -> None:

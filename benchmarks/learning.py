@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.fingerprint import software_fingerprint
+from envs.fingerprint import read_fingerprint
 from envs.significance import mcnemar, paired_difference, wilson
 from trajectories.journal import Journal, read_journal
 
@@ -70,7 +70,7 @@ def last_version(folder: Path) -> int:
 
 
 def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, Any]]:
-    """Every raw held-out outcome of one version of a run."""
+    """Every raw held-out outcome of one version of a run; an episode that ended in a fault has none."""
     return [
         {
             "arm": arm,
@@ -84,6 +84,7 @@ def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, A
             "policy_hash": e["policy_hash"],
         }
         for e in held_out(folder, version)
+        if e["outcome"] != "fault"
     ]
 
 
@@ -111,18 +112,18 @@ def outcomes(rows: Sequence[Mapping[str, Any]], arm: str, seed: int) -> Outcomes
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], seeds: Sequence[int]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: each arm's success by seed and pooled, and its paired comparison with the start and with `sft`."""
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    seeds = sorted({r["training_seed"] for r in rows})
     lines = [
         "| arm | "
         + " | ".join(f"seed {s}" for s in seeds)
         + " | pooled (95 % Wilson) | over the start | p | over sft | p |",
         "|---|" + "---|" * (len(seeds) + 5),
     ]
-    for arm in (START, *arms):
+    for arm in arms:
         mine = {s: outcomes(rows, arm, s) for s in seeds if outcomes(rows, arm, s)}
-        if not mine:
-            continue
         cells = [f"{_percent(mine[s])} ({len(mine[s])})" if s in mine else "-" for s in seeds]
         wins = sum(sum(o.values()) for o in mine.values())
         total = sum(len(o) for o in mine.values())
@@ -162,6 +163,14 @@ def _against(
     )
 
 
+def write_table(file: Path, run: Path) -> None:
+    """Write and say the table of everything in a file of outcomes, with the stack that `run` recorded."""
+    text = table(read_journal(file))
+    stack = json.dumps(read_fingerprint(run) or "not recorded here")
+    file.with_suffix(".md").write_text(f"{text}\nStack: `{stack}`\n")
+    typer.echo(text)
+
+
 def main(
     recipe: Annotated[Path, typer.Option(help="recipe of every run")] = Path("configs/libero_object.yaml"),
     seeds: Annotated[str, typer.Option(help="training seeds")] = "0,1,2",
@@ -178,11 +187,7 @@ def main(
     file = output / "learning.jsonl"
     if not report_only:
         measure(recipe, chosen, numbers, file, root)
-    rows = read_journal(file)
-    text = table(rows, chosen, numbers)
-    stack = json.dumps(software_fingerprint())
-    (output / "learning.md").write_text(f"{text}\nSoftware: `{stack}`\n")
-    typer.echo(text)
+    write_table(file, root / run_name(START, numbers[0]))
 
 
 if __name__ == "__main__":

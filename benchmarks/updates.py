@@ -2,9 +2,10 @@
 
     python -m benchmarks.updates RUN [--variants NAME,...]
 
-RUN is a finished run of `benchmarks.learning` (say runs/learning-sft-s0): its first round of rollouts, made by the
-supervised start, is what every variant learns from, so that variants differ in the update alone. Every held-out
-episode is added to docs/results/updates.jsonl, and the table with what each update measured of itself is written to
+RUN is a finished run of `benchmarks.learning` that began from another run's start (say runs/learning-sft-s0). Its first
+round of rollouts, driven by that start, is what every variant learns from, under the recipe of the start and the
+variant's changes; so variants differ in the update alone. Held-out episodes are added to docs/results/updates.jsonl,
+what each update measured of itself to docs/results/updates-reports.jsonl, and the table is written to
 docs/results/updates.md. A variant that is in the file is not run again.
 """
 
@@ -13,20 +14,19 @@ from __future__ import annotations
 import actors  # noqa: F401  (before ray: it settles how ray authenticates)
 
 # isort: split
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import ray
 import typer
 
+from actors.cells import training_cells
 from actors.pipeline import evaluate
 from actors.placement import Crew, connect
 from actors.run_folder import RunFolder
 from actors.stages import Version, publish
-from benchmarks.fingerprint import software_fingerprint
-from benchmarks.learning import START, rows_of, table
-from configs.loader import load_recipe
+from benchmarks.learning import START, rows_of, write_table
+from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets
 from preferences.pairing import candidate_of, mine_pairs
@@ -37,6 +37,7 @@ from trajectories.records import PreferencePair, Trajectory
 VARIANTS: dict[str, tuple[str, ...]] = {
     "sft": ("preference.preference_weight=0", "preference.anchor_weight=0"),
     "sft-lr-5e-4": ("preference.preference_weight=0", "preference.anchor_weight=0", "preference.lr=5e-4"),
+    "anchor": ("preference.preference_weight=0",),
     "dpo": (),
     "dpo-weight-1": ("preference.preference_weight=1", "preference.rejected_floor=0.2"),
     "dpo-weight-1-beta-1": (
@@ -52,7 +53,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "preference.decisions_per_trajectory=12",
     ),
 }
-"""Changes to the recipe. `sft` is likelihood of the successes (and demonstrations) alone; `dpo` changes nothing."""
+"""Changes to the recipe. `sft` is likelihood of the successes (and demonstrations) alone, `anchor` adds that of
+the chosen sides' decisive chunks, `dpo` (no change) the preference itself."""
 
 
 class Round:
@@ -60,10 +62,12 @@ class Round:
 
     def __init__(self, run: Path, folder: RunFolder, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
-        start = Path(recipe.start or run)
+        ran = load_recipe(run / "recipe.yaml")
+        start = start_of(run)
         self._checkpoint = str((start / "checkpoints" / "start").resolve())
+        cells = set(training_cells(ran.tasks, ran.rollouts, 0))
         driven = [load_trajectory(path) for path in sorted((run / "trajectories").iterdir())]
-        trajectories = {t.trajectory_id: t for t in driven if t.policy_version == 0}
+        trajectories = {t.trajectory_id: t for t in driven if t.policy_version == 0 and t.cell in cells}
         self._data = (
             ray.put(_pairs(trajectories, recipe)),
             ray.put([t for t in trajectories.values() if t.success]),
@@ -129,27 +133,41 @@ def _pairs(trajectories: dict[str, Trajectory], recipe: Recipe) -> list[Preferen
     return [PreferencePair(chosen=trajectories[r.chosen], rejected=trajectories[r.rejected]) for r in refs]
 
 
-def measure(run: Path, recipe: Recipe, source: Path, variants: list[str], file: Path, notes: Path) -> None:
+def start_of(run: Path) -> Path:
+    """The run folder whose start a run took up. Raises RecipeError when it made its own."""
+    start = load_recipe(run / "recipe.yaml").start
+    if start is None:
+        raise RecipeError(f"{run} trained its own start; name a run that began from another's (start=...)")
+    return Path(start)
+
+
+def measure(run: Path, variants: list[str], file: Path, notes: Path) -> None:
     """Run what `file` does not hold yet, and add each variant's outcomes to it as it finishes."""
+    source = start_of(run) / "recipe.yaml"
+    recipe = load_recipe(source)
     seed = recipe.seed
-    held = {(row["arm"], row["training_seed"]) for row in read_journal(file)}
+    rows = read_journal(file)
+    held = {(row["arm"], row["training_seed"]) for row in rows}
     missing = [name for name in (START, *variants) if (name, seed) not in held]
     if not missing:
         return
+    started = [row for row in rows if (row["arm"], row["training_seed"]) == (START, seed)]
     connect()
     journal, said = Journal(file, fsync=True), Journal(notes, fsync=True)
-    folder = RunFolder.create(recipe)
+    folder = RunFolder.create(recipe.model_copy(update={"name": f"updates-s{seed}"}))
     this = Round(run, folder, recipe)
     try:
         for name in missing:
-            version = 0
+            version: Version | None = None
             if name == START:
                 this.drive_start()
+                started = rows_of(folder.path, START, seed, 0)
             else:
-                report, learned = this.learn(load_recipe(source, VARIANTS[name]))
+                report, version = this.learn(load_recipe(source, VARIANTS[name]))
                 said.append({"arm": name, "training_seed": seed, "changes": VARIANTS[name], **report})
-                version = learned.version if learned else 0
-            journal.extend(rows_of(folder.path, name, seed, version))
+            # An update that the tripwire undid leaves the start in force.
+            mine = rows_of(folder.path, name, seed, version.version) if version else started
+            journal.extend([row | {"arm": name} for row in mine])
     finally:
         this.dismiss()
 
@@ -163,21 +181,10 @@ def main(
     unknown = [name for name in chosen if name not in VARIANTS]
     if unknown:
         raise typer.BadParameter(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    recipe = load_recipe(run / "recipe.yaml")
-    name = f"updates-s{recipe.seed}"
-    measure(
-        run,
-        recipe.model_copy(update={"name": name}),
-        run / "recipe.yaml",
-        chosen,
-        output / "updates.jsonl",
-        output / "updates-reports.jsonl",
-    )
-    rows = read_journal(output / "updates.jsonl")
-    seeds = sorted({row["training_seed"] for row in rows})
-    text = table(rows, chosen, seeds)
-    (output / "updates.md").write_text(f"{text}\nSoftware: `{json.dumps(software_fingerprint())}`\n")
-    typer.echo(text)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "updates.jsonl"
+    measure(run, chosen, file, output / "updates-reports.jsonl")
+    write_table(file, start_of(run))
 
 
 if __name__ == "__main__":

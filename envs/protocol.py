@@ -115,7 +115,7 @@ class Comparison:
             "difference_interval": [round(self.low, 4), round(self.high, 4)],
             "better": test.better,
             "worse": test.worse,
-            "mcnemar_p": round(test.p_value, 6),
+            "mcnemar_p": float(f"{test.p_value:.3g}"),
             "left_out": self.left_out,
             "warnings": list(self.warnings),
         }
@@ -230,8 +230,11 @@ def compare_outcomes(before: Outcomes, after: Outcomes, *, warnings: Sequence[st
     )
 
 
-def compare_episodes(before: Path, after: Path) -> Comparison:
-    """Compare the evaluations in two run folders or JSON-lines files; differing stacks become warnings.
+def compare_episodes(
+    before: Path, after: Path, *, before_arm: str | None = None, after_arm: str | None = None
+) -> Comparison:
+    """Compare the evaluations in two run folders or JSON-lines files; differing stacks become warnings. An arm picks
+    its lines from a file that holds several, as docs/results/learning.jsonl does.
 
     Raises:
         FileNotFoundError: see `read_outcomes`.
@@ -241,10 +244,19 @@ def compare_episodes(before: Path, after: Path) -> Comparison:
     stacks = [read_fingerprint(path) for path in (before, after)]
     require_same_world(*stacks, what=f"{before} and {after} cannot be compared")
     warnings = differences(*stacks) if all(stacks) else []
-    return compare_outcomes(read_outcomes(before), read_outcomes(after), warnings=warnings)
+    first, last = (
+        read_outcomes(path, None if arm is None else {"arm": arm})
+        for path, arm in ((before, before_arm), (after, after_arm))
+    )
+    return compare_outcomes(first, last, warnings=warnings)
+
+
+OTHER_NAMES = {"task": "task_id", "sampling_seed": "seed"}
+"""What files of results call the parts of a cell."""
 
 
 def _trial(file: Path, line: Mapping[str, Any]) -> tuple[Trial, str]:
+    line = {OTHER_NAMES.get(key, key): value for key, value in line.items()}
     missing = [key for key in ("suite", "task_id", "init_state", "seed", "success") if key not in line]
     if missing:
         raise ComparisonError(f"{file}: a line lacks {', '.join(missing)}: {json.dumps(line)[:80]}")

@@ -268,6 +268,20 @@ def test_evaluations_in_different_worlds_are_not_compared(
         assert compare_episodes(tmp_path / "a", tmp_path / "b").warnings
 
 
+def test_arms_are_compared_in_one_file_of_results(tmp_path: Path) -> None:
+    rows = [
+        {"arm": arm, "training_seed": 0, "suite": "libero_object", "task": 3, "init_state": state}
+        | {"sampling_seed": 1, "success": arm == "dpo" or state < 2}
+        for arm in ("start", "dpo")
+        for state in range(6)
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = compare_episodes(file, file, before_arm="start", after_arm="dpo").summary()
+    assert (summary["episodes"], summary["better"], summary["worse"]) == (6, 4, 0)
+    assert summary["mcnemar_p"] == 0.125
+
+
 def test_training_seeds_are_paired_apart_and_arms_are_selected(tmp_path: Path) -> None:
     path = write(
         tmp_path / "results.jsonl",
