@@ -71,3 +71,11 @@ def test_without_a_fall_the_weights_are_still_a_share() -> None:
     indices, weights = decisive(torch.tensor([0.2, -0.1, 0.6]), success=True, most=2)
     assert indices.tolist() == [2, 0]
     torch.testing.assert_close(weights, torch.tensor([0.75, 0.25]))
+
+
+def test_the_only_failure_is_still_explained() -> None:
+    """Other groups have nothing but successes, which say nothing about failing."""
+    features, successes = episodes([None, None, None, 3, None, None])
+    credit = credits(features, successes, groups=list(range(6)))[3]
+    assert credit[3] < -0.5
+    assert credit[4:].abs().max() < 0.1
