@@ -19,7 +19,6 @@ version in force while the learner works, so trajectories are at most one versio
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import ray
 from actors.cells import training_cells
 from actors.demonstrations import demonstrate
 from actors.placement import Crew, check_fits, connect
-from actors.run_folder import RunFolder
+from actors.run_folder import RunFolder, report_early_end
 from actors.stages import (
     Outcomes,
     Version,
@@ -51,8 +50,6 @@ from envs.fingerprint import differences, read_fingerprint, require_same_world
 from envs.protocol import held_out_cells, mcnemar, wilson
 from learners.checkpoint import verify
 from trajectories.codec import load_trajectory, save_trajectory
-
-log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -85,7 +82,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         write_report(folder.path)
         return result
     except BaseException:
-        log.warning("the run ended early; what it did until then is in %s", write_report(folder.path))
+        report_early_end(folder.path)
         raise
     finally:
         crew.dismiss()

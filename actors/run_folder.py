@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from configs.loader import dump_recipe
 from configs.schema import Recipe
+from dashboard.report import write_report
 from trajectories.journal import Journal, read_journal
 
 log = logging.getLogger(__name__)
@@ -119,3 +120,11 @@ def progress_bar(label: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(label, total, progress, progress.add_task(label, total=total, note=""))
+
+
+def report_early_end(run: Path) -> None:
+    """Write a report of what there is. Where even that fails (a full disk), say so: the first error is told."""
+    try:
+        log.warning("the run ended early; what it did until then is in %s", write_report(run))
+    except (OSError, ValueError) as error:
+        log.warning("the run ended early, and its report could not be written: %s", error)
