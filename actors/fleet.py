@@ -33,6 +33,8 @@ class _Running:
     cell: Cell
     actor: int
     trajectory: ray.ObjectRef
+    incarnation: int
+    """How often the actor had died when the cell was sent to it."""
     shared: bool
     """Whether another cell has been running on the same actor meanwhile."""
     started: float = field(default_factory=time.monotonic)
@@ -55,6 +57,7 @@ class Fleet:
         self._on_event = on_event
         self._away: dict[int, ray.ObjectRef] = {}
         """Actors that died -> what answers when they are back."""
+        self._deaths = [0] * len(self.actors)
         self._killed: dict[int, str] = {}
         """Actors this fleet ended -> why."""
 
@@ -89,7 +92,7 @@ class Fleet:
                             error, RayTaskError
                         ):  # somebody else died, while this actor waited for it
                             raise
-                        self._note_death(run.actor, reason=type(error).__name__)
+                        self._note_death(run, reason=type(error).__name__)
                         self._requeue(run, suspects, attempts, reason=type(error).__name__)
                         continue
                     yield record, run.trajectory
@@ -138,7 +141,7 @@ class Fleet:
         shared: bool,
     ) -> None:
         record, trajectory = launch(self.actors[actor], cell)
-        running[record] = _Running(cell, actor, trajectory, shared)
+        running[record] = _Running(cell, actor, trajectory, self._deaths[actor], shared)
 
     def _greet(self) -> None:
         """Take back the actors that have restarted: a cell sent to one that is still away would be lost on it."""
@@ -152,13 +155,15 @@ class Fleet:
             else:
                 del self._away[actor]
 
-    def _note_death(self, actor: int, *, reason: str) -> None:
-        """Record the death of an actor once, however many cells it takes along."""
-        if actor in self._away:
+    def _note_death(self, run: _Running, *, reason: str) -> None:
+        """Record the death of an actor once, however many cells it takes along and however late they are heard of: the
+        first of them may find the actor already back."""
+        if run.incarnation < self._deaths[run.actor]:
             return
-        self._away[actor] = self.actors[actor].__ray_ready__.remote()
-        why = self._killed.pop(actor, f"its process died ({reason})")
-        self._on_event({"event": "actor_restarted", "actor": actor, "reason": why})
+        self._deaths[run.actor] += 1
+        self._away[run.actor] = self.actors[run.actor].__ray_ready__.remote()
+        why = self._killed.pop(run.actor, f"its process died ({reason})")
+        self._on_event({"event": "actor_restarted", "actor": run.actor, "reason": why})
 
     def _requeue(
         self, run: _Running, suspects: deque[Cell], attempts: dict[Cell, int], *, reason: str

@@ -272,6 +272,8 @@ class SharedWorker:
     """A rollout actor's shell in which several episodes are under way when one of them ends the process."""
 
     async def work(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        if cell.init_state == 9:
+            return {"cell": cell.key}, cell.key
         await asyncio.sleep(0.5)
         if cell.init_state == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -295,6 +297,27 @@ def test_a_cell_that_kills_its_actor_is_not_charged_to_its_neighbours(cluster: N
     neighbours = {e["cell"] for e in events if e["event"] == "requeued"} - {cell(3).key}
     assert neighbours == {cell(s).key for s in (0, 1, 2)}
     assert sum(e["event"] == "actor_restarted" for e in events) == 4
+
+
+@pytest.mark.ray
+def test_a_death_that_is_heard_of_after_the_restart_counts_once(cluster: None) -> None:
+    events: list[dict[str, Any]] = []
+
+    def take_note(event: dict[str, Any]) -> None:
+        events.append(event)
+        time.sleep(0.2)  # long enough for the actor that is already back to answer
+
+    worker = SharedWorker.options(num_cpus=0.1, max_restarts=-1, max_concurrency=4).remote()  # type: ignore[attr-defined]
+    fleet = Fleet([worker], slots=4, timeout_s=60.0, on_event=take_note)
+    for record, _ in fleet.run(
+        [cell(s) for s in (9, 0, 1, 3)],
+        lambda actor, c: actor.work.options(num_returns=2).remote(c),
+    ):
+        if record["cell"] == cell(9).key:
+            time.sleep(2.0)  # meanwhile state 3 ends the process,
+            ray.get(worker.__ray_ready__.options(max_task_retries=-1).remote())  # and another takes its place
+    deaths_alone = 3
+    assert sum(e["event"] == "actor_restarted" for e in events) == 1 + deaths_alone
 
 
 @pytest.mark.ray
