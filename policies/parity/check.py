@@ -1,0 +1,61 @@
+"""Runs a fixture's family and compares what it computes with what the official implementation computed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+
+import torch
+
+from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output
+
+FAMILIES: dict[str, Family] = {}
+"""Name in config.json -> the family."""
+
+
+def check_fixture(fixture: Fixture) -> Iterator[Comparison]:
+    """Every expected tensor that the family computes, compared; then what had to be compared and was not.
+
+    Raises FixtureError for an unknown family, or weights and settings that do not fit.
+    """
+    family = _family(fixture)
+    with torch.random.fork_rng(devices=[]):
+        outputs = family.compute(fixture)
+    compared = [name for name in fixture.expected if name in outputs]
+    for name in compared:
+        yield compare(name, outputs[name], fixture.expected[name])
+    for pattern in family.required:
+        if not any(fnmatch(name, pattern) for name in compared):
+            yield Comparison(
+                name=pattern, difference=float("nan"), passed=False, note="required, not compared"
+            )
+
+
+def compare(name: str, output: Output, expected: torch.Tensor) -> Comparison:
+    """Largest absolute difference where the output means something, and whether it passes everywhere there."""
+    value = output.value.detach()
+    if value.shape != expected.shape:
+        note = f"shape {list(value.shape)}, expected {list(expected.shape)}"
+        return Comparison(name=name, difference=float("nan"), passed=False, note=note)
+    value, expected = value.double(), expected.double()
+    gap = (value - expected).abs()
+    gap = torch.where(value == expected, 0.0, gap)  # two infinities of one sign agree
+    allowed = torch.clamp(output.relative * expected.abs(), min=TOLERANCE)
+    if output.where is not None:
+        keep = output.where.expand_as(gap)
+        gap, allowed = gap[keep], allowed[keep]
+    if not gap.numel():
+        return Comparison(name=name, difference=float("nan"), passed=False, note="nothing to compare")
+    return Comparison(name=name, difference=gap.max().item(), passed=bool((gap <= allowed).all()))
+
+
+def _family(fixture: Fixture) -> Family:
+    name = fixture.setting("family")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    near = difflib.get_close_matches(str(name), FAMILIES, n=1)
+    hint = f", nearest is {near[0]!r}" if near else ""
+    raise FixtureError(
+        f"{fixture.folder / 'config.json'}: unknown family {name!r}{hint}; known: {', '.join(sorted(FAMILIES))}"
+    )
