@@ -20,9 +20,9 @@ import torch
 
 from actors.parameter_server import find_shards, pull_snapshot
 from configs.schema import PolicyPart, ServingPart
-from policies.autoregressive import state_tensors
 from policies.make import make_policy
 from policies.protocol import Policy
+from policies.weights import state_tensors
 from trajectories.hashing import weights_hash
 from trajectories.records import ActionSample, Observation
 

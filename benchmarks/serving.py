@@ -91,7 +91,7 @@ def measure(policy: AutoregressivePolicy, batch: int, repeats: int) -> dict[str,
     network = policy.network
     observations = random_observations(batch)
     inputs = policy.batch(observations, [sample.model_chunk for sample in _act(policy, observations)])
-    prefix = network.embed(inputs.prompt_BT, policy.encode_images(inputs), inputs.proprio_BP)
+    prefix = network.embed(inputs.prompt_BT, policy.encode_context(inputs), inputs.proprio_BP)
     length = policy.tokens
     if not torch.equal(lean_decode(network, prefix, length), plain_decode(network, prefix, length)):
         raise RuntimeError(f"lean and plain decoding chose different tokens at batch {batch}")

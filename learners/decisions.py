@@ -6,7 +6,7 @@ Letters: D decisions in all, H W image rows and columns, L elements of a chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from trajectories.records import Trajectory
 
 SCORE_BATCH = 64
 """Decisions encoded or scored at once where no gradient is needed."""
+NOISE_DRAWS = 8
+"""Draws of noise under which a surrogate's reference is kept; an update goes round them."""
 
 
 def stack(policy: Policy, trajectory: Trajectory) -> DecisionBatch:
@@ -36,14 +38,7 @@ def stack(policy: Policy, trajectory: Trajectory) -> DecisionBatch:
 
 def take(batch: DecisionBatch, rows: torch.Tensor) -> DecisionBatch:
     """The rows of a batch named by an int64 index."""
-    return DecisionBatch(
-        agentview_BHWC=batch.agentview_BHWC[rows],
-        wrist_BHWC=batch.wrist_BHWC[rows],
-        proprio_BP=batch.proprio_BP[rows],
-        prompt_BT=batch.prompt_BT[rows],
-        prompt_mask_BT=batch.prompt_mask_BT[rows],
-        chunk_BL=batch.chunk_BL[rows],
-    )
+    return DecisionBatch(**{field.name: getattr(batch, field.name)[rows] for field in fields(batch)})
 
 
 def concatenate(batches: Sequence[DecisionBatch]) -> DecisionBatch:
@@ -63,24 +58,30 @@ def concatenate(batches: Sequence[DecisionBatch]) -> DecisionBatch:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     batch: DecisionBatch
-    """Without pixels: images are kept as their tokens."""
-    image_tokens: torch.Tensor
+    """Without pixels: images are kept as their context."""
+    context: torch.Tensor
     reference: torch.Tensor
-    """float32 [decisions, L]; zeros for demonstrations, which have no reference."""
+    """float32 [noise draws, decisions, L]; zeros for demonstrations, which have no reference."""
 
 
 class DecisionPool:
     """The decisions that an update may draw, with what stays constant over its steps computed once.
 
-    Constant are the image tokens (the adapter sits on the decoder only) and the reference log-probs. Both are
-    kept by trajectory id from one update to the next.
+    Constant are the context (the adapter leaves it alone) and the reference log-probs; a surrogate's are kept under
+    each of NOISE_DRAWS draws of noise. Both are kept by trajectory id from one update to the next. The decisions at
+    one place in their trajectories share the noise of a draw, so that chosen and rejected do.
     """
 
     def __init__(self, policy: Policy, *, start_reference: bool) -> None:
         """`start_reference`: the reference is the policy with its adapter off, else each trajectory's recorded
-        log-probs."""
+        log-probs. Raises ValueError for recorded ones of a policy that records none."""
+        if not start_reference and not policy.exact:
+            raise ValueError(
+                "this policy's score is a surrogate and is not recorded: set preference.reference=start"
+            )
         self._policy = policy
         self._start_reference = start_reference
+        self.noise_draws = 1 if policy.exact else NOISE_DRAWS
         self._entries: dict[str, _Entry] = {}
         self._rows: dict[str, torch.Tensor] = {}
 
@@ -91,8 +92,9 @@ class DecisionPool:
         self._entries = {key: self._entries.get(key) or self._entry(t) for key, t in wanted.items()}
         entries = list(self._entries.values())
         self._batch = concatenate([e.batch for e in entries])
-        self._image_tokens = torch.cat([e.image_tokens for e in entries])
-        self._reference = torch.cat([e.reference for e in entries])
+        self._context = torch.cat([e.context for e in entries])
+        self._reference = torch.cat([e.reference for e in entries], dim=1)
+        self._places = torch.cat([torch.arange(len(e.batch)) for e in entries])
         ends = np.cumsum([len(e.batch) for e in entries]).tolist()
         starts = [0, *ends[:-1]]
         self._rows = {
@@ -104,38 +106,56 @@ class DecisionPool:
         return self._rows[trajectory.trajectory_id]
 
     def features(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the policy sees, in brief: mean image token and proprioception, float32 [rows, D + 8], on the CPU."""
-        seen = torch.cat([self._image_tokens[rows].mean(dim=1), self._batch.proprio_BP[rows]], dim=1)
+        """What the policy sees, in brief: mean row of the context and proprioception, float32 [rows, D + 8], on the
+        CPU."""
+        seen = torch.cat([self._context[rows].mean(dim=1), self._batch.proprio_BP[rows]], dim=1)
         return seen.float().cpu()
 
-    def score(self, rows: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities under the policy as it is, float32 [rows, L], differentiable."""
-        return self._policy.score(take(self._batch, rows), self._image_tokens[rows])
+    def score(self, rows: torch.Tensor, noise: int = 0) -> torch.Tensor:
+        """Log-probabilities under the policy as it is, float32 [rows, L], differentiable; `noise` is one of the draws
+        0..noise_draws - 1."""
+        keys = noise_keys(self._places[rows], noise)
+        return self._policy.score(take(self._batch, rows), self._context[rows], noise_keys=keys)
 
-    def reference(self, rows: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities under the reference, float32 [rows, L], constant."""
-        return self._reference[rows]
+    def reference(self, rows: torch.Tensor, noise: int = 0) -> torch.Tensor:
+        """Log-probabilities under the reference, float32 [rows, L], constant; the same noise as `score`."""
+        return self._reference[noise, rows]
 
     @torch.no_grad()
     def _entry(self, trajectory: Trajectory) -> _Entry:
         batch = stack(self._policy, trajectory)
-        parts = [take(batch, rows) for rows in torch.arange(len(batch)).split(SCORE_BATCH)]
-        tokens = [self._policy.encode_images(part) for part in parts]
+        rows = torch.arange(len(batch)).split(SCORE_BATCH)
+        context = torch.cat([self._policy.encode_context(take(batch, part)) for part in rows])
         if trajectory.policy_version < 0:
-            reference = torch.zeros(batch.chunk_BL.shape)
+            reference = torch.zeros(self.noise_draws, *batch.chunk_BL.shape)
         elif self._start_reference:
             with adapters.disabled(self._policy.module):
-                reference = torch.cat(
-                    [self._policy.score(part, image) for part, image in zip(parts, tokens, strict=True)]
+                reference = torch.stack(
+                    [self._scored(batch, context, rows, noise) for noise in range(self.noise_draws)]
                 )
         else:
-            reference = _recorded(trajectory, batch)
+            reference = _recorded(trajectory, batch)[None]
         images = batch.agentview_BHWC[:, :0]
         return _Entry(
             batch=replace(batch, agentview_BHWC=images, wrist_BHWC=images),
-            image_tokens=torch.cat(tokens),
+            context=context,
             reference=reference.to(batch.chunk_BL.device),
         )
+
+    def _scored(
+        self, batch: DecisionBatch, context: torch.Tensor, rows: Sequence[torch.Tensor], noise: int
+    ) -> torch.Tensor:
+        return torch.cat(
+            [
+                self._policy.score(take(batch, part), context[part], noise_keys=noise_keys(part, noise))
+                for part in rows
+            ]
+        )
+
+
+def noise_keys(places: torch.Tensor, noise: int) -> torch.Tensor:
+    """Key of a draw of noise at each place (0, 1, ...) in a trajectory, int64, the same for every trajectory."""
+    return places * NOISE_DRAWS + noise
 
 
 def _recorded(trajectory: Trajectory, batch: DecisionBatch) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.credit import credits, decisive
-from learners.decisions import DecisionPool
+from learners.decisions import DecisionPool, stack
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
 from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio
 from policies import adapters
@@ -55,7 +55,7 @@ class PreferenceLearner:
         seed: int,
     ) -> None:
         """Attach the adapter to `policy.module`, whose weights are frozen from now on and hash to `base_hash`."""
-        adapters.attach(policy.module, adapter, seed=seed)
+        adapters.attach(policy.module, adapter, seed=seed, decoder=policy.adapted)
         self._policy = policy
         self._dropout = adapter.dropout
         self._part = preference
@@ -66,6 +66,7 @@ class PreferenceLearner:
         self._initial = self.adapter()
         self._pool = DecisionPool(policy, start_reference=preference.reference == "start")
         self._credit: dict[str, torch.Tensor] = {}
+        self._calibration: dict[str, float] | None = None
         self.reset_optimizer()
 
     def update(
@@ -95,6 +96,7 @@ class PreferenceLearner:
                 metrics={},
                 history=(),
             )
+        self._calibrate(demos or successes)
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         self._pool.hold([*sides, *successes, *demos])
         self._credit = self._credits([*sides, *successes]) if pairs and part.credit == "value" else {}
@@ -109,7 +111,7 @@ class PreferenceLearner:
             reason=trip.reason if trip else "",
             steps=len(history),
             value=trip.value if trip else 0.0,
-            metrics=mean_of_last(history),
+            metrics=mean_of_last(history) | (self._calibration or {}),
             history=tuple(history),
         )
 
@@ -208,7 +210,19 @@ class PreferenceLearner:
                 pairs=[(self._side(pair.chosen), self._side(pair.rejected)) for pair in drawn],
                 successes=self._some(success_rows, self._part.batch_size),
                 demos=self._some(demo_rows, self._part.batch_size),
+                noise=self._noise(),
             )
+
+    def _calibrate(self, trajectories: Sequence[Trajectory]) -> None:
+        """Once, before the first step: put a surrogate's scores in nats by what the start makes of these."""
+        if self._calibration is None:
+            with adapters.disabled(self._policy.module):
+                self._calibration = self._policy.calibrate(stack(self._policy, t) for t in trajectories)
+
+    def _noise(self) -> int:
+        """One of the pool's draws of noise."""
+        draws = self._pool.noise_draws
+        return int(torch.randint(draws, (), generator=self._generator)) if draws > 1 else 0
 
     def _side(self, trajectory: Trajectory) -> Side:
         rows, most = self._pool.rows(trajectory), self._part.decisions_per_trajectory

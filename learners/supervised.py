@@ -33,13 +33,14 @@ class SupervisedLearner:
         self._part = part
         self._data = concatenate([stack(policy, demo) for demo in demos])
         self._generator = torch.Generator().manual_seed(seed)
+        self._noise = torch.Generator().manual_seed(seed)
         self._queue = torch.empty(0, dtype=torch.int64)
         self._parameters = [p for p in policy.module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=part.lr, weight_decay=part.weight_decay)
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
-        """One optimizer step. Returns `loss` (nats per element), `lr` and `grad_norm` (before clipping).
+        """One optimizer step. Returns `loss` (the paradigm's own), `lr` and `grad_norm` (before clipping).
 
         Raises RuntimeError after the last step, and FloatingPointError when loss or gradient is not finite.
         """
@@ -57,7 +58,8 @@ class SupervisedLearner:
                 wrist_BHWC=shift_images(batch.wrist_BHWC, part.image_shift, self._generator),
             )
         self._policy.module.train()
-        loss = -self._policy.score(batch).mean()
+        noise_keys = torch.randint(2**62, (part.batch_size,), generator=self._noise)
+        loss = self._policy.sft_loss(batch, noise_keys=noise_keys)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, part.grad_clip)

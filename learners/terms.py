@@ -44,6 +44,8 @@ class Draw:
     """int64 rows, maybe none."""
     demos: torch.Tensor
     """int64 rows, maybe none."""
+    noise: int = 0
+    """Which of the pool's draws of noise a surrogate is taken under."""
 
 
 class Sums(defaultdict[str, float]):
@@ -73,8 +75,8 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
     sums = Sums()
     for group in _groups(draw.pairs):
         _pair_gradients(group, draw, pool, part, sums)
-    _likelihood_gradients("success_nll", part.success_weight, draw.successes, pool, sums)
-    _likelihood_gradients("demo_nll", part.demo_weight, draw.demos, pool, sums)
+    _likelihood_gradients("success_nll", part.success_weight, draw.successes, draw.noise, pool, sums)
+    _likelihood_gradients("demo_nll", part.demo_weight, draw.demos, draw.noise, pool, sums)
     return _metrics(sums, part)
 
 
@@ -94,7 +96,10 @@ def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
     for name, wanted in rows.items():
         if len(wanted):
             with torch.no_grad():
-                parts = [pool.score(part) - pool.reference(part) for part in wanted.split(MICRO_BATCH)]
+                parts = [
+                    pool.score(part, draw.noise) - pool.reference(part, draw.noise)
+                    for part in wanted.split(MICRO_BATCH)
+                ]
             found[name] = torch.cat(parts).mean().item()
     return found
 
@@ -120,8 +125,8 @@ def _pair_gradients(
     chosen_sides = [chosen for chosen, _ in group]
     rejected_sides = [rejected for _, rejected in group] if part.preference_weight else []
     rows = torch.cat([side.rows for side in [*chosen_sides, *rejected_sides]])
-    logps = pool.score(rows)
-    ratios = logps - pool.reference(rows)
+    logps = pool.score(rows, draw.noise)
+    ratios = logps - pool.reference(rows, draw.noise)
     split = sum(len(side.rows) for side in chosen_sides)
     anchor = -logps[:split]
     tokens = sum(len(chosen.rows) for chosen, _ in draw.pairs) * logps.shape[1]
@@ -146,14 +151,14 @@ def _pair_gradients(
 
 
 def _likelihood_gradients(
-    name: str, weight: float, rows: torch.Tensor, pool: DecisionPool, sums: Sums
+    name: str, weight: float, rows: torch.Tensor, noise: int, pool: DecisionPool, sums: Sums
 ) -> None:
     for part in rows.split(MICRO_BATCH) if len(rows) else ():
-        logps = pool.score(part)
+        logps = pool.score(part, noise)
         (-weight * logps.sum() / (len(rows) * logps.shape[1])).backward()
         sums.add(name, -logps)
         if name == "success_nll":
-            sums.add("success_logratio", logps - pool.reference(part))
+            sums.add("success_logratio", logps - pool.reference(part, noise))
 
 
 def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.Tensor:

@@ -18,13 +18,11 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from configs.schema import AdapterPart
 from trajectories.records import AdapterWeights
 
-DECODER = "language_model.model"
-"""Where the Llama decoder lies in a policy's network."""
 _NAME = "default"
 _LINEARS = r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
-def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: str = DECODER) -> None:
+def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: str) -> None:
     """Add a trainable adapter, in place, to every attention and MLP linear of `module.<decoder>`.
 
     Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.

@@ -5,7 +5,7 @@ The distribution is the decoder's softmax over the action tokens alone, in sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from torch import nn
 
 from policies.action_tokens import ActionTokenizer
 from policies.decoding import Decoding, PackedDecoder
+from policies.observations import ObservationBatch, stack_observations
 from policies.openvla import OpenVLA
-from policies.protocol import DecisionBatch
+from policies.protocol import DecisionBatch, with_chunks
 from policies.text import PromptTokenizer
-from trajectories.records import ACTION_DIM, PROPRIO_DIM, ActionSample, Observation, WeightSnapshot
+from policies.weights import load_snapshot
+from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
 
 class AutoregressivePolicy:
@@ -27,6 +29,8 @@ class AutoregressivePolicy:
 
     module: nn.Module
     """The `OpenVLA` network, or what wraps it while an adapter is on."""
+    exact = True
+    adapted = "language_model.model"
 
     def __init__(
         self,
@@ -67,10 +71,10 @@ class AutoregressivePolicy:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
         first_id, stop_id = self._actions.first_id, self._actions.stop_id
         decoder = PackedDecoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
-        agentview, wrist, proprio, prompt, mask = self._stack(observations)
-        image_tokens = self.network.encode_images(agentview, wrist)
-        prefix = self.network.embed(prompt, image_tokens, proprio)
-        lengths = (mask.sum(dim=1) + (prefix.shape[1] - prompt.shape[1])).tolist()
+        seen = self._stack(observations)
+        image_tokens = self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC)
+        prefix = self.network.embed(seen.prompt_BT, image_tokens, seen.proprio_BP)
+        lengths = (seen.prompt_mask_BT.sum(dim=1) + (prefix.shape[1] - seen.prompt_BT.shape[1])).tolist()
         noise = torch.zeros(self.tokens, len(seeds), self._actions.bins)
         if temperature > 0:
             noise = temperature * gumbel_noise(seeds, self.tokens, self._actions.bins)
@@ -93,15 +97,8 @@ class AutoregressivePolicy:
                     f"chunk {i} has shape {list(chunk.shape)}, expected [{self.tokens}] token ids"
                 )
             self._actions.check(chunk)
-        agentview, wrist, proprio, prompt, mask = self._stack(observations)
-        return DecisionBatch(
-            agentview_BHWC=agentview,
-            wrist_BHWC=wrist,
-            proprio_BP=proprio,
-            prompt_BT=prompt,
-            prompt_mask_BT=mask,
-            chunk_BL=torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64),
-        )
+        chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
+        return with_chunks(self._stack(observations), chunk_BL)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
@@ -110,62 +107,39 @@ class AutoregressivePolicy:
             raise ValueError(f"a chunk is {self.tokens // ACTION_DIM} actions, got {len(actions)}")
         return ids
 
-    def encode_images(self, batch: DecisionBatch) -> torch.Tensor:
-        """Projected image tokens [B, N, D] for `score`; constant while only the decoder is adapted."""
+    def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
+        """Projected image tokens [B, N, D]."""
         return self.network.encode_images(batch.agentview_BHWC, batch.wrist_BHWC)
 
-    def score(self, batch: DecisionBatch, image_tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probabilities of the chunks' tokens at temperature 1, float32 [B, L], exact, differentiable."""
-        logits = self.network(batch, image_tokens).float()
+    def score(
+        self,
+        batch: DecisionBatch,
+        context: torch.Tensor | None = None,
+        *,
+        noise_keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Log-probabilities of the chunks' tokens at temperature 1, float32 [B, L], exact, differentiable; there is
+        no noise."""
+        logits = self.network(batch, context).float()
         chosen = batch.chunk_BL - self._actions.first_id
         return torch.log_softmax(logits, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
-    @torch.no_grad()
+    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+        """Mean -log-probability per token, nats."""
+        return -self.score(batch).mean()
+
+    def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
+        """Log-probabilities are in nats as they are."""
+        return {}
+
     def load(self, snapshot: WeightSnapshot) -> None:
-        """Copy merged weights in; nothing is copied unless everything fits.
+        """Copy merged weights in; see `policies.weights.load_snapshot`."""
+        load_snapshot(self.network, snapshot)
 
-        Raises ValueError naming the first tensor that is missing, extra, mis-shaped, of another dtype or not
-        finite.
-        """
-        own = self.network.state_dict()
-        for name in own:
-            if name not in snapshot.tensors:
-                raise ValueError(f"snapshot {snapshot.version} lacks the tensor {name}")
-        for name, array in snapshot.tensors.items():
-            if name not in own:
-                raise ValueError(
-                    f"snapshot {snapshot.version} has the tensor {name}, which this policy lacks"
-                )
-            _check_tensor(f"snapshot {snapshot.version}: {name}", array, own[name])
-        for name, array in snapshot.tensors.items():
-            # A copy, for a snapshot may be a read-only view of shared memory.
-            own[name].copy_(torch.from_numpy(array.copy()))
-
-    def _stack(self, observations: Sequence[Observation]) -> tuple[torch.Tensor, ...]:
-        """Agentview, wrist uint8 [B, H, W, 3], proprio float32 [B, 8], prompts int64, mask bool [B, T]."""
-        if not observations:
-            raise ValueError("a batch needs at least one observation")
-        side = self._image_size
-        for i, seen in enumerate(observations):
-            for name, image in (("agentview", seen.agentview), ("wrist", seen.wrist)):
-                if image.shape != (side, side, 3) or image.dtype != np.uint8:
-                    raise ValueError(
-                        f"observation {i}: {name} is {image.dtype} {list(image.shape)}, "
-                        f"expected uint8 [{side}, {side}, 3]"
-                    )
-            if seen.proprio.shape != (PROPRIO_DIM,) or not np.isfinite(seen.proprio).all():
-                raise ValueError(
-                    f"observation {i}: proprio must be {PROPRIO_DIM} finite numbers, got {seen.proprio}"
-                )
-        prompt, mask = self._prompts.stack([seen.instruction for seen in observations])
-        arrays = (
-            np.stack([seen.agentview for seen in observations]),
-            np.stack([seen.wrist for seen in observations]),
-            np.stack([seen.proprio for seen in observations]).astype(np.float32),
-            prompt,
-            mask,
+    def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
+        return stack_observations(
+            observations, self._prompts, image_size=self._image_size, device=self.device
         )
-        return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
 
 def decode(
@@ -198,25 +172,3 @@ def gumbel_noise(seeds: Sequence[int], length: int, bins: int) -> torch.Tensor:
     # The ziggurat can return 0, whose Gumbel value would be infinite.
     exponential = np.maximum(np.stack(columns, axis=1), np.finfo(np.float32).tiny)
     return torch.from_numpy(-np.log(exponential))
-
-
-def state_tensors(module: nn.Module) -> dict[str, np.ndarray]:
-    """Copies of a network's learned tensors by canonical name: the names and dtypes of a `WeightSnapshot`.
-
-    Raises ValueError while an adapter is attached: the base alone is not what such a network computes.
-    """
-    state = module.state_dict()
-    for name in state:
-        if "lora_" in name or ".base_layer." in name:
-            raise ValueError(f"{name} belongs to an adapter; merge it before taking the weights")
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
-
-
-def _check_tensor(name: str, array: np.ndarray, expected: torch.Tensor) -> None:
-    dtype = str(expected.dtype).removeprefix("torch.")
-    if array.shape != tuple(expected.shape):
-        raise ValueError(f"{name} has shape {list(array.shape)}, expected {list(expected.shape)}")
-    if array.dtype != dtype:
-        raise ValueError(f"{name} is {array.dtype}, expected {dtype}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has {int((~np.isfinite(array)).sum())} non-finite values")

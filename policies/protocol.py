@@ -3,38 +3,35 @@ into what it scores. A new paradigm is one file that meets this Protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from policies.observations import ObservationBatch
 from trajectories.records import ActionSample, Observation, WeightSnapshot
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecisionBatch:
-    """B decisions as tensors, ready to score. Model-space chunks only; executed actions never come here.
+class DecisionBatch(ObservationBatch):
+    """B decisions as tensors, ready to score. Model-space chunks only.
 
-    Letters: B decisions, H W image rows and columns, T prompt tokens (right-padded), L elements of a chunk.
+    Letters: as `ObservationBatch`, and L elements of a chunk.
     """
 
-    agentview_BHWC: torch.Tensor
-    """uint8."""
-    wrist_BHWC: torch.Tensor
-    """uint8."""
-    proprio_BP: torch.Tensor
-    """float32 [B, 8]."""
-    prompt_BT: torch.Tensor
-    """int64 token ids."""
-    prompt_mask_BT: torch.Tensor
-    """bool, true at real tokens."""
     chunk_BL: torch.Tensor
-    """int64 token ids as sampled (for flow: float32 [B, K, A])."""
+    """int64 token ids as sampled, or for flow matching float32 actions in model space, step by step."""
 
     def __len__(self) -> int:
         return self.agentview_BHWC.shape[0]
+
+
+def with_chunks(seen: ObservationBatch, chunk_BL: torch.Tensor) -> DecisionBatch:
+    """Observations and what was decided on them."""
+    parts = {field.name: getattr(seen, field.name) for field in fields(ObservationBatch)}
+    return DecisionBatch(**parts, chunk_BL=chunk_BL)
 
 
 class Policy(Protocol):
@@ -42,6 +39,11 @@ class Policy(Protocol):
 
     module: torch.nn.Module
     """The network; adapters wrap it, snapshots fill it."""
+    exact: bool
+    """True: `score` is the log-probability itself, and `act` records it. False: it is a surrogate, estimated from
+    noise, and `act` records none."""
+    adapted: str
+    """Name of the part of `module` whose attention and MLP linears an adapter goes on."""
 
     def act(
         self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
@@ -58,16 +60,34 @@ class Policy(Protocol):
         """Environment-space actions float [K, 7] -> model-space chunk (for demonstrations)."""
         ...
 
-    def encode_images(self, batch: DecisionBatch) -> torch.Tensor:
-        """Image tokens [B, N, D] for `score`, of the batch's two images alone: constant while only the decoder
-        is adapted, so they may be computed once per decision and kept."""
+    def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
+        """What `score` needs of the images, and an adapter on `adapted` leaves alone, [B, N, D]: one row a token. It
+        may be computed once per decision and kept."""
         ...
 
-    def score(self, batch: DecisionBatch, image_tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Per-element log-probabilities at temperature 1, float32 [B, L], differentiable. Exact for tokens.
+    def score(
+        self,
+        batch: DecisionBatch,
+        context: torch.Tensor | None = None,
+        *,
+        noise_keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Log-probabilities at temperature 1, float32 [B, L], differentiable, by element: a token or, for flow
+        matching, one dimension of one action. Their sum is the chunk's log-probability or its surrogate.
 
-        With `image_tokens` from `encode_images` the batch's images are not looked at.
+        `noise_keys` int64 [B] (>= 0) fix a surrogate's noise row by row, whatever a row is batched with: the same key
+        under policy and reference, or on two chunks, is the same noise. Exact scores have none.
+        With `context` from `encode_context` the batch's images are not looked at.
         """
+        ...
+
+    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+        """The paradigm's supervised training loss, mean over the batch; `noise_keys` as in `score`."""
+        ...
+
+    def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
+        """Choose the scale that puts a surrogate in nats, from decisions that the policy as it is takes well; what was
+        measured and chosen, for the log. An exact score has none."""
         ...
 
     def load(self, snapshot: WeightSnapshot) -> None:

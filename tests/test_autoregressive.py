@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from configs.schema import AdapterPart, DecoderPart, PolicyPart, VisionPart
 from policies import adapters
 from policies.action_tokens import ActionTokenizer
-from policies.autoregressive import AutoregressivePolicy, decode, gumbel_noise, state_tensors
+from policies.autoregressive import AutoregressivePolicy, decode, gumbel_noise
 from policies.decoding import PackedDecoder
 from policies.make import make_autoregressive, make_policy
 from policies.text import PromptTokenizer
 from policies.vision import SiglipTower, VisionBackbone, shift_images
+from policies.weights import state_tensors
 from trajectories.hashing import weights_hash
 from trajectories.records import Observation, WeightSnapshot
 
@@ -200,7 +201,7 @@ def test_score_equals_one_plain_forward_per_token() -> None:
     network = policy.network
     for i, (observation, chunk) in enumerate(zip(seen, chunks, strict=True)):
         one = policy.batch([observation], [chunk])
-        image_tokens = policy.encode_images(one)
+        image_tokens = policy.encode_context(one)
         for step, token in enumerate(chunk):
             text = torch.cat([one.prompt_BT, one.chunk_BL[:, :step]], dim=1)
             embeddings = network.embed(text, image_tokens, one.proprio_BP)
@@ -245,7 +246,7 @@ def test_score_from_cached_image_tokens_is_the_score() -> None:
     seen = observations(4)
     batch = policy.batch(seen, [s.model_chunk for s in policy.act(seen, seeds=range(4), temperature=1.0)])
     with torch.no_grad():
-        image_tokens = policy.encode_images(batch)
+        image_tokens = policy.encode_context(batch)
         assert image_tokens.shape == (4, 8, 32)
         wrist = policy.network.projector(policy.network.vision_backbone(batch.wrist_BHWC))
         torch.testing.assert_close(image_tokens[:, 4:], wrist)
@@ -274,7 +275,9 @@ def test_scores_see_an_adapter_and_acting_refuses_it(method: str) -> None:
     seen = observations(2)
     chunks = [sample.model_chunk for sample in policy.act(seen, seeds=[0, 1], temperature=1.0)]
     before = score(policy, seen, chunks)
-    adapters.attach(policy.module, AdapterPart(method=method, rank=2, alpha=4), seed=0)
+    adapters.attach(
+        policy.module, AdapterPart(method=method, rank=2, alpha=4), seed=0, decoder=policy.adapted
+    )
     np.testing.assert_allclose(score(policy, seen, chunks), before, atol=1e-4)
     with torch.no_grad():
         for name, parameter in adapters.parameters(policy.module).items():
@@ -313,7 +316,7 @@ def test_lean_decoding_equals_the_transformers_forward(part: PolicyPart) -> None
         decoder = PackedDecoder(
             network.language_model, first_id=network.action_first_id, stop_id=network.action_stop_id
         )
-        image_tokens = policy.encode_images(batch)
+        image_tokens = policy.encode_context(batch)
         prefix = network.embed(batch.prompt_BT, image_tokens, batch.proprio_BP)
         lengths = (batch.prompt_mask_BT.sum(dim=1) + image_tokens.shape[1] + 1).tolist()
         # Noise so large at the chosen token that decoding is forced along the recorded chunk.
