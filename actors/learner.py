@@ -8,7 +8,8 @@ from typing import Any
 import ray
 import torch
 
-from configs.schema import AdapterPart, GuardPart, PolicyPart, PreferencePart, SupervisedPart
+from configs.policy import PolicyPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
 from learners.checkpoint import load_checkpoint, save_checkpoint
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner

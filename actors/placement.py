@@ -16,12 +16,12 @@ from actors.learner import LearnerActor, MonitorActor, StoreActor
 from actors.parameter_server import ParameterServer
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
+from configs.policy import PolicyPart
 from configs.schema import (
     AdapterPart,
     EnvironmentPart,
     GuardPart,
     LearnerPart,
-    PolicyPart,
     PreferencePart,
     RolloutPart,
     ServingPart,

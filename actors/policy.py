@@ -19,7 +19,8 @@ import ray
 import torch
 
 from actors.parameter_server import find_shards, pull_snapshot
-from configs.schema import PolicyPart, ServingPart
+from configs.policy import PolicyPart
+from configs.schema import ServingPart
 from policies.make import make_policy
 from policies.protocol import Policy
 from policies.weights import state_tensors

@@ -26,7 +26,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
-from configs.schema import AdapterPart, PolicyPart, PreferencePart
+from configs.policy import PolicyPart
+from configs.schema import AdapterPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.terms import MICRO_BATCH, Draw, Side, accumulate_gradients
 from policies import adapters

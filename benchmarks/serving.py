@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from benchmarks.fingerprint import software_fingerprint, write_json
-from configs.schema import PolicyPart
+from configs.policy import PolicyPart
 from policies.autoregressive import AutoregressivePolicy, decode
 from policies.decoding import PackedDecoder
 from policies.make import make_autoregressive

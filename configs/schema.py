@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from configs.part import Part
+from configs.policy import PolicyPart
 
 Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-
-
-class Part(BaseModel):
-    """Base of every part: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TaskPart(Part):
@@ -83,39 +80,6 @@ class DemonstrationPart(Part):
         0.3, description="standard deviation of the action perturbation that makes the expert recover", ge=0
     )
     seed: int = Field(0, ge=0, description="seed of the perturbations")
-
-
-class VisionPart(Part):
-    """One vision tower: a SigLIP encoder built from its configuration."""
-
-    width: int = Field(96, ge=16, description="hidden size")
-    layers: int = Field(3, ge=1, description="transformer layers")
-    heads: int = Field(4, ge=1, description="attention heads")
-    mlp: int = Field(256, ge=16, description="feed-forward size")
-    patch: int = Field(8, ge=2, description="patch side, pixels")
-    merge: int = Field(2, ge=1, description="side of the square of patches merged into one token")
-
-
-class DecoderPart(Part):
-    """The Llama decoder, built from its configuration."""
-
-    width: int = Field(96, ge=16, description="hidden size")
-    layers: int = Field(3, ge=1, description="transformer layers")
-    heads: int = Field(4, ge=1, description="attention heads")
-    mlp: int = Field(256, ge=16, description="feed-forward size")
-
-
-class PolicyPart(Part):
-    """The policy's architecture and how it samples."""
-
-    paradigm: Literal["autoregressive"] = Field(
-        "autoregressive", description="how action chunks are produced"
-    )
-    vision: VisionPart = Field(default=VisionPart(), description="vision tower")
-    decoder: DecoderPart = Field(default=DecoderPart(), description="language decoder")
-    bins: int = Field(256, ge=3, le=256, description="action bins per dimension (OpenVLA: 256)")
-    chunk: int = Field(8, ge=1, description="actions per decision")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature of rollouts; 0 is greedy")
 
 
 class SupervisedPart(Part):
@@ -298,3 +262,12 @@ class Recipe(Part):
     serving: ServingPart = ServingPart()
     learner: LearnerPart = LearnerPart()
     evaluation: EvaluationPart = EvaluationPart()
+
+    @model_validator(mode="after")
+    def _reference_is_known(self) -> Recipe:
+        if self.policy.paradigm != "autoregressive" and self.preference.reference == "behaviour":
+            raise ValueError(
+                f"preference.reference=behaviour needs recorded log-probs, and policy.paradigm={self.policy.paradigm} "
+                "has surrogate scores only; set preference.reference=start"
+            )
+        return self

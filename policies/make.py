@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from configs.schema import PolicyPart
+from configs.policy import PolicyPart
 from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy
 from policies.openvla import OpenVLA, llama

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs.schema import DecoderPart
+from configs.policy import DecoderPart
 from policies.protocol import DecisionBatch
 from policies.vision import Projector, VisionBackbone
 from trajectories.records import PROPRIO_DIM

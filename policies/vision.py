@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from configs.schema import VisionPart
+from configs.policy import VisionPart
 
 NO_HEAD: dict[str, Any] = {"vision_use_head": False}
 """Leaves out the pooling head, whose weights no patch feature depends on."""

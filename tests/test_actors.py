@@ -40,15 +40,8 @@ from actors.policy import PolicyActor
 from actors.rollout import decision_seed
 from actors.run_folder import RunFolder
 from actors.stages import serving_stats
-from configs.schema import (
-    DemonstrationPart,
-    GuardPart,
-    LearnerPart,
-    PolicyPart,
-    RolloutPart,
-    ServingPart,
-    TaskPart,
-)
+from configs.policy import PolicyPart
+from configs.schema import DemonstrationPart, GuardPart, LearnerPart, RolloutPart, ServingPart, TaskPart
 from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
 from policies.adapters import adapter_tensors

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import AdapterPart, DecoderPart, PolicyPart, VisionPart
+from configs.policy import DecoderPart, PolicyPart, VisionPart
+from configs.schema import AdapterPart
 from policies import adapters
 from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy, decode, gumbel_noise

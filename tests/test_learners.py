@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import (
-    AdapterPart,
-    DecoderPart,
-    GuardPart,
-    PolicyPart,
-    PreferencePart,
-    SupervisedPart,
-    VisionPart,
-)
+from configs.policy import DecoderPart, PolicyPart, VisionPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
 from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire

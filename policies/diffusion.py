@@ -1,0 +1,201 @@
+"""The discrete-diffusion policy: the tokens of a chunk are unmasked in parallel, and its score is a bound.
+
+Discrete Diffusion VLA (arXiv 2508.20072) on OpenVLA's network: action tokens see the whole observation and each
+other, in both directions. Observation tokens do not see actions, so their keys and values are computed once a decision
+and read by every pass. As in the token policy the distribution is over the action tokens alone.
+
+Letters: B decisions, S masks of one decision, R = B S rows of a pass, P observation tokens, L tokens of a chunk, V
+action bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs.policy import DiffusionPart
+from objectives import masked_diffusion
+from policies.action_tokens import ActionTokenizer
+from policies.observations import ObservationBatch, stack_observations
+from policies.openvla import OpenVLA
+from policies.prefix import PrefixCache, attention_mask, positions
+from policies.protocol import DecisionBatch, with_chunks
+from policies.text import PromptTokenizer
+from policies.weights import load_snapshot
+from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
+
+
+class DiffusionPolicy:
+    """Meets `policies.protocol.Policy`. A chunk of K actions is L = 7 K tokens; the id after the last action's is
+    [MASK]."""
+
+    module: nn.Module
+    exact = False
+    adapted = "language_model.model"
+
+    def __init__(
+        self,
+        network: OpenVLA,
+        *,
+        prompts: PromptTokenizer,
+        actions: ActionTokenizer,
+        part: DiffusionPart,
+        chunk: int,
+        image_size: int,
+    ) -> None:
+        """Raises ValueError when the network's vocabulary has no id for [MASK]."""
+        vocabulary = network.language_model.config.vocab_size
+        if vocabulary <= actions.stop_id:
+            raise ValueError(
+                f"the vocabulary has {vocabulary} ids, expected {actions.stop_id + 1}: [MASK] follows the actions"
+            )
+        self.module = network
+        self.network = network
+        self.tokens = chunk * ACTION_DIM
+        self._prompts = prompts
+        self._actions = actions
+        self._part = part
+        self._image_size = image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.language_model.device
+
+    @torch.inference_mode()
+    def act(
+        self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
+    ) -> list[ActionSample]:
+        """Unmask one chunk per observation, see `objectives.masked_diffusion.parallel_decode`; `temperature` scales the
+        noise on tokens and on the order they are kept in."""
+        if len(seeds) != len(observations):
+            raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        seen = self._stack(observations)
+        cache = self._prefix(seen, self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC))
+        bins = self._actions.bins
+        noise = masked_diffusion.decoding_noise(
+            seeds, iterations=self._part.iterations, length=self.tokens, vocabulary=bins
+        )
+        decoded = masked_diffusion.parallel_decode(
+            lambda tokens_BL: self._logits(cache, tokens_BL),
+            torch.full((len(seeds), self.tokens), bins, device=self.device),
+            noise,
+            mask_id=bins,
+            temperature=temperature,
+            choice_temperature=temperature,
+            use_remask=self._part.remask,
+        )
+        chunks = (decoded.tokens_BL + self._actions.first_id).cpu().numpy()
+        return [
+            ActionSample(actions=actions.copy(), model_chunk=chunk.copy(), logps=np.zeros(0, np.float32))
+            for actions, chunk in zip(self._actions.decode(chunks), chunks, strict=True)
+        ]
+
+    def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
+        """Stack observations and chunks int64 [L]; ValueError for one of another length or vocabulary."""
+        self._actions.check_chunks(chunks, count=len(observations), length=self.tokens)
+        chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
+        return with_chunks(self._stack(observations), chunk_BL)
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
+        return self._actions.encode_chunk(actions, length=self.tokens)
+
+    def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
+        """Projected image tokens [B, N, D]."""
+        return self.network.encode_images(batch.agentview_BHWC, batch.wrist_BHWC)
+
+    def score(
+        self,
+        batch: DecisionBatch,
+        context: torch.Tensor | None = None,
+        *,
+        noise_keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """An unbiased estimate, by token, of the order-agnostic bound on the chunk's log-probability (ARDM, arXiv
+        2110.02037), float32 [B, L]; a key fixes its masks. Raises ValueError without keys."""
+        if noise_keys is None:
+            raise ValueError("a masked-diffusion score needs noise_keys: its masks are drawn from them")
+        masks_BSL = masked_diffusion.draw_masks(
+            noise_keys.tolist(), draws=self._part.score_draws, length=self.tokens
+        ).to(self.device)
+        return masked_diffusion.bound_elements(self._logps(batch, context, masks_BSL), masks_BSL)
+
+    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the hidden tokens, the share of them on MaskGIT's cosine schedule, nats."""
+        masks_BSL = masked_diffusion.draw_masks(
+            noise_keys.tolist(), draws=1, length=self.tokens, counts=masked_diffusion.cosine_counts
+        ).to(self.device)
+        return masked_diffusion.masked_losses(self._logps(batch, None, masks_BSL), masks_BSL).mean()
+
+    def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
+        """The bound is in nats as it is."""
+        return {}
+
+    def load(self, snapshot: WeightSnapshot) -> None:
+        """Copy merged weights in; see `policies.weights.load_snapshot`."""
+        load_snapshot(self.network, snapshot)
+
+    def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
+        return stack_observations(
+            observations, self._prompts, image_size=self._image_size, device=self.device
+        )
+
+    def _prefix(self, seen: ObservationBatch, image_tokens_BND: torch.Tensor) -> PrefixCache:
+        """Keys and values of images, proprioception and prompt, each token seeing all that exist."""
+        embeddings = self.network.embed(seen.prompt_BT, image_tokens_BND, seen.proprio_BP)
+        between = embeddings.shape[1] - seen.prompt_BT.shape[1]
+        mask_BT = seen.prompt_mask_BT
+        mask_BP = torch.cat(
+            [mask_BT[:, :1], mask_BT.new_ones(len(mask_BT), between), mask_BT[:, 1:]], dim=1
+        )
+        starts_P = torch.zeros(mask_BP.shape[1], dtype=torch.bool, device=mask_BP.device)
+        output = self.network.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask(mask_BP, starts_P).unsqueeze(1),
+            position_ids=positions(mask_BP),
+            use_cache=True,
+        )
+        layers = output.past_key_values.layers
+        return PrefixCache(
+            keys=tuple(layer.keys for layer in layers),
+            values=tuple(layer.values for layer in layers),
+            mask_BP=mask_BP,
+            hidden_BPD=output.last_hidden_state,
+        )
+
+    def _logits(self, cache: PrefixCache, tokens_RL: torch.Tensor) -> torch.Tensor:
+        """Logits [R, L, V] of every token of chunks given as bins, V standing for [MASK]."""
+        model = self.network.language_model.model
+        embeddings = model.embed_tokens(tokens_RL + self._actions.first_id)
+        length, first = tokens_RL.shape[1], cache.mask_BP.shape[1]
+        valid_BN = torch.cat([cache.mask_BP, cache.mask_BP.new_ones(len(cache.mask_BP), length)], dim=1)
+        starts_N = torch.arange(first + length, device=valid_BN.device) == first
+        mask = attention_mask(valid_BN, starts_N, first=first).repeat_interleave(cache.repeats, dim=0)
+        hidden_RLD = model(
+            inputs_embeds=embeddings,
+            attention_mask=mask.unsqueeze(1),
+            position_ids=positions(valid_BN)[:, first:].repeat_interleave(cache.repeats, dim=0),
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        head = self.network.language_model.lm_head.weight[self._actions.first_id : self._actions.stop_id]
+        return F.linear(hidden_RLD, head)
+
+    def _logps(
+        self, batch: DecisionBatch, context: torch.Tensor | None, masks_BSL: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probabilities of the chunks' own tokens, given those that each mask leaves visible, [B, S, L]."""
+        if context is None:
+            context = self.encode_context(batch)
+        cache = self._prefix(batch, context).repeat(masks_BSL.shape[1])
+        bins_BSL = (batch.chunk_BL - self._actions.first_id)[:, None].expand_as(masks_BSL)
+        hidden_RL = torch.where(masks_BSL, self._actions.bins, bins_BSL).flatten(0, 1)
+        logits_RLV = self._logits(cache, hidden_RL).float()
+        logps_RLV = torch.log_softmax(logits_RLV, dim=-1).unflatten(0, masks_BSL.shape[:2])
+        return logps_RLV.gather(-1, bins_BSL.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,209 @@
+"""The flow-matching policy: pi-0 and pi-0.5 turn noise into a chunk by Euler steps; its score is a surrogate.
+
+The surrogate is the flow-matching loss under common noise (CrossVLA, arXiv 2605.21854; FPO, arXiv 2507.21053), put as
+the log-density of a Gaussian whose variance is the loss that the supervised start makes on chunks that succeeded: one
+element is then worth half a nat at first, and whatever counts in nats per element elsewhere (the floor of a rejected
+chunk, the tripwire, beta) means the same for every paradigm.
+
+What is scored and learned is the chunk as it is executed, clipped and with a closed or open gripper, not as the flow
+left it: likelihood of raw samples, which reach beyond [-1, 1] and carry a half-closed gripper, widens what they widen.
+
+Letters: B decisions, S draws of one decision, R = B S rows of a pass, K actions of a chunk, A dimensions of a padded
+action, L = 7 K elements that count, C cameras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from configs.policy import FlowPart
+from objectives import flow_matching
+from policies.observations import ObservationBatch, stack_observations
+from policies.openvla import PROPRIO_MEAN, PROPRIO_STD
+from policies.pi0 import Pi0Network
+from policies.prefix import PrefixCache
+from policies.protocol import DecisionBatch, with_chunks
+from policies.text import PromptTokenizer
+from policies.weights import load_snapshot
+from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
+
+GRIPPER = 6
+"""Dimension of an action that the simulator reads the sign of."""
+
+
+class FlowPolicy:
+    """Meets `policies.protocol.Policy`. The adapter goes on the action expert."""
+
+    module: nn.Module
+    exact = False
+    adapted = "expert"
+
+    def __init__(
+        self, network: Pi0Network, *, prompts: PromptTokenizer, part: FlowPart, chunk: int, image_size: int
+    ) -> None:
+        self.module = network
+        self.network = network
+        self.variance = 1.0
+        """Squared velocity error worth half a nat; see `calibrate`."""
+        self._prompts = prompts
+        self._part = part
+        self._chunk = chunk
+        self._image_size = image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.action_out_proj.weight.device
+
+    @torch.inference_mode()
+    def act(
+        self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
+    ) -> list[ActionSample]:
+        """One chunk per observation, from normal noise times `temperature` (0: from the middle of the noise)."""
+        if len(seeds) != len(observations):
+            raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        seen = self._stack(observations)
+        cache = self._prefix(seen, self._image_tokens(seen))
+        shape = (self._chunk, self.network.config.action_dim)
+        noise = np.stack(
+            [np.random.Generator(np.random.Philox(key=s)).standard_normal(shape, np.float32) for s in seeds]
+        )
+        noise_BKA = temperature * torch.from_numpy(noise).to(self.device)
+        chunks_BKA = self.network.sample(cache, noise_BKA, self._part.steps, self._state(seen))
+        return [
+            ActionSample(actions=actions, model_chunk=self.encode(actions), logps=np.zeros(0, np.float32))
+            for actions in map(executable, chunks_BKA[..., :ACTION_DIM].cpu().numpy())
+        ]
+
+    def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
+        """Stack observations and chunks float32 [L]; ValueError for one of another length or not finite."""
+        length = self._chunk * ACTION_DIM
+        if len(chunks) != len(observations):
+            raise ValueError(f"{len(observations)} observations need as many chunks, got {len(chunks)}")
+        for i, chunk in enumerate(chunks):
+            if chunk.shape != (length,) or chunk.dtype != np.float32 or not np.isfinite(chunk).all():
+                raise ValueError(
+                    f"chunk {i} is {chunk.dtype} {list(chunk.shape)}, expected {length} finite float32 numbers"
+                )
+        return with_chunks(self._stack(observations), torch.from_numpy(np.stack(chunks)).to(self.device))
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Actions float [K, 7] in [-1, 1] -> the same, float32 [L]."""
+        if actions.shape != (self._chunk, ACTION_DIM):
+            raise ValueError(f"a chunk is [{self._chunk}, {ACTION_DIM}] actions, got {list(actions.shape)}")
+        return actions.astype(np.float32).reshape(-1)
+
+    def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
+        """Image tokens of both cameras [B, N, D]."""
+        return self._image_tokens(batch)
+
+    def score(
+        self,
+        batch: DecisionBatch,
+        context: torch.Tensor | None = None,
+        *,
+        noise_keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Minus the squared velocity errors over twice `variance`, the mean of `score_draws` draws at stratified times,
+        float32 [B, L]; a key fixes them. Raises ValueError without keys."""
+        if noise_keys is None:
+            raise ValueError("a flow-matching score needs noise_keys: its noise and times are drawn from them")
+        errors_BSKA = self._errors(batch, context, noise_keys, draws=self._part.score_draws)
+        return -errors_BSKA[..., :ACTION_DIM].mean(dim=1).flatten(1) / (2 * self.variance)
+
+    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+        """Mean squared velocity error, one draw a decision, times from openpi's training density."""
+        return self._errors(batch, None, noise_keys, draws=1, density="beta").mean()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
+        """Take the mean squared velocity error on these decisions as `variance`."""
+        total, count = 0.0, 0
+        for batch in batches:
+            keys = torch.arange(len(batch))
+            errors = self._errors(batch, None, keys, draws=self._part.score_draws)[..., :ACTION_DIM]
+            total, count = total + errors.double().sum().item(), count + errors.numel()
+        if count:
+            self.variance = max(total / count, 1e-6)
+        return {"velocity_error": self.variance}
+
+    def load(self, snapshot: WeightSnapshot) -> None:
+        """Copy merged weights in; see `policies.weights.load_snapshot`."""
+        load_snapshot(self.network, snapshot)
+
+    def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
+        return stack_observations(
+            observations, self._prompts, image_size=self._image_size, device=self.device
+        )
+
+    def _image_tokens(self, seen: ObservationBatch) -> torch.Tensor:
+        images_BCHWX = torch.stack([seen.agentview_BHWC, seen.wrist_BHWC], dim=1)
+        pixels = images_BCHWX.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        return self.network.encode_images(pixels).flatten(1, 2)
+
+    def _prefix(self, seen: ObservationBatch, image_tokens_BND: torch.Tensor) -> PrefixCache:
+        tokens_BCID = image_tokens_BND.unflatten(1, (2, -1))
+        cameras_BC = torch.ones(tokens_BCID.shape[:2], dtype=torch.bool, device=self.device)
+        prompt, mask = seen.prompt_BT, seen.prompt_mask_BT
+        if self.network.config.adaptive:
+            words = self._prompts.size + self._bins(seen)
+            prompt, mask = torch.cat([words, prompt], dim=1), torch.cat([torch.ones_like(words).bool(), mask], dim=1)
+        return self.network.encode_prefix(self.network.join_prefix(tokens_BCID, cameras_BC, prompt, mask))
+
+    def _state(self, seen: ObservationBatch) -> torch.Tensor | None:
+        """Standardised proprioception [B, 8], for pi-0."""
+        if self.network.config.adaptive:
+            return None
+        mean, std = (torch.tensor(v, device=self.device) for v in (PROPRIO_MEAN, PROPRIO_STD))
+        return (seen.proprio_BP - mean) / std
+
+    def _bins(self, seen: ObservationBatch) -> torch.Tensor:
+        """Proprioception as pi-0.5 reads it: each number one of STATE_BINS words, int64 [B, 8]."""
+        mean, std = (torch.tensor(v, device=self.device) for v in (PROPRIO_MEAN, PROPRIO_STD))
+        unit = ((seen.proprio_BP - mean) / (STATE_REACH * std)).clamp(-1, 1)
+        return ((unit + 1) / 2 * STATE_BINS).long().clamp(max=STATE_BINS - 1)
+
+    def _errors(
+        self,
+        batch: DecisionBatch,
+        context: torch.Tensor | None,
+        noise_keys: torch.Tensor,
+        *,
+        draws: int,
+        density: flow_matching.TimeDensity = "uniform",
+    ) -> torch.Tensor:
+        """Squared velocity errors [B, S, K, A], padding included."""
+        if context is None:
+            context = self._image_tokens(batch)
+        actions_BKA = batch.chunk_BL.unflatten(1, (self._chunk, ACTION_DIM))
+        clean_BKA = nn.functional.pad(actions_BKA, (0, self.network.config.action_dim - ACTION_DIM))
+        drawn = flow_matching.draw(
+            noise_keys.tolist(), draws=draws, shape=tuple(clean_BKA.shape[1:]), density=density
+        ).to(self.device)
+        noisy_BSKA = flow_matching.noisy_chunks(clean_BKA, drawn)
+        velocity_RKA = self.network.velocity(
+            self._prefix(batch, context).repeat(draws),
+            noisy_BSKA.flatten(0, 1),
+            drawn.times_BS.flatten(),
+            self._state(batch),
+        )
+        target_BSKA = drawn.noise_BSKA - clean_BKA[:, None]
+        return (velocity_RKA.unflatten(0, (len(batch), draws)) - target_BSKA).square()
+
+
+def executable(chunk: np.ndarray) -> np.ndarray:
+    """A sampled chunk float [K, 7] as it is executed: clipped to [-1, 1], the gripper open (-1) or closed (1)."""
+    actions = np.clip(chunk, -1, 1).astype(np.float32)
+    actions[:, GRIPPER] = np.where(chunk[:, GRIPPER] > 0, 1, -1)
+    return actions
+
+
+STATE_BINS = 256
+"""Words that proprioception is told in, after those of the prompts."""
+STATE_REACH = 3.0
+"""Standard deviations of proprioception that the words cover."""
