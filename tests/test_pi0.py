@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import PI0ForConditionalGeneration
 
+from configs.schema import AdapterPart
+from policies.adapters import adapted_layers, attach, parameters
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
 from policies.pi0 import Pi0Network, Suffix, noisy_chunk, velocity_errors
 from policies.pi0_checkpoint import LAYOUTS, read_weights
+from policies.pi0_expert import AdaptiveRMSNorm
 from policies.pi0_prefix import Prefix, attention_mask, positions
 from policies.pi0_sizes import PI0, PI05, Pi0Config, pi0_config
 from tests.pi0_tiny import TINY, in_layout, tiny_batch, tiny_network
@@ -317,6 +320,34 @@ def test_time_embedding_is_sines_then_cosines_of_geometric_periods() -> None:
     assert embedding[0, 0].item() == pytest.approx(1.0, abs=1e-9)
     assert embedding[1, 7].item() == pytest.approx(0.4539905, abs=1e-6)
     assert embedding[1, 15].item() == pytest.approx(0.8910065, abs=1e-6)
+
+
+def test_adaptive_norm_scales_shifts_and_gates() -> None:
+    norm = AdaptiveRMSNorm(2)
+    x, cond = torch.tensor([[[3.0, -4.0]]]), torch.tensor([[1.0, 0.0]])
+    normed, gate = norm(x, cond)
+    rms = 12.5**0.5
+    torch.testing.assert_close(normed, torch.tensor([[[3 / rms, -4 / rms]]]))
+    assert gate.tolist() == [[[0.0, 0.0]]]
+    with torch.no_grad():
+        norm.dense.weight[:, 0] = torch.tensor([1.0, 2.0, 10.0, 20.0, 5.0, 6.0])
+    normed, gate = norm(x, cond)
+    torch.testing.assert_close(normed, torch.tensor([[[2 * 3 / rms + 10, 3 * -4 / rms + 20]]]))
+    assert gate.tolist() == [[[5.0, 6.0]]]
+
+
+@BOTH
+def test_an_adapter_finds_the_linears_of_the_expert(adaptive: bool) -> None:
+    network, batch = tiny_network(adaptive=adaptive), tiny_batch()
+    with torch.no_grad():
+        v = batch.velocity(network)
+    attach(network, AdapterPart(method="dora", rank=2, alpha=2), seed=0, decoder="expert")
+    assert len(list(adapted_layers(network))) == 2 * 7
+    with_adapter = batch.velocity(network)
+    torch.testing.assert_close(with_adapter, v, rtol=0, atol=1e-5)
+    with_adapter.square().mean().backward()
+    trained = [name for name, p in parameters(network).items() if name.endswith("B") and p.grad.any()]
+    assert len(trained) == 14
 
 
 def test_blocks_see_themselves_and_what_came_before() -> None:

@@ -31,7 +31,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def saved(folder: Path, tensors: Tensors) -> Path:
-    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {key: tensor.clone().contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
