@@ -6,7 +6,7 @@ themselves. The last hidden states give the velocity of a flow from noise (t = 1
 
 Letters: B observations, C cameras, L prompt tokens, I tokens of an image, P prefix tokens, R rows of a suffix
 pass, T suffix tokens, H actions of a chunk, A action dimensions, S state dimensions, D width of the language
-model, E of the expert.
+model, E of the expert. In images alone, X is their three channels and HW their rows and columns.
 """
 
 from __future__ import annotations
