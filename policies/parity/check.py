@@ -8,9 +8,10 @@ from fnmatch import fnmatch
 
 import torch
 
+from policies.parity import openpi
 from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: dict[str, Family] = {"openpi": openpi.FAMILY}
 """Name in config.json -> the family."""
 
 

@@ -1,0 +1,128 @@
+"""openpi's statistics of states and actions, and the two scales it makes of them.
+
+pi-0.5 (and pi-0-FAST) map the 1st and 99th percentile to -1 and 1, without clipping; pi-0 takes z-scores. openpi,
+`src/openpi/transforms.py`, `src/openpi/shared/normalize.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STATS_FILE = "norm_stats.json"
+EPS = 1e-6
+"""Added to a range or a standard deviation before dividing by it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormStats:
+    """Statistics of the dimensions of one vector, float64 [dims], in the data's own units."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    q01: np.ndarray | None = None
+    """1st percentile; pi-0's statistics may lack it."""
+    q99: np.ndarray | None = None
+
+    def affine(self, *, quantile: bool, dims: int) -> tuple[np.ndarray, np.ndarray]:
+        """Centre and half-width of the first `dims` dimensions: normalised = (x - centre) / half-width.
+
+        Raises ValueError when quantiles are asked for and absent, or when `dims` are more than there are.
+        """
+        if dims > len(self.mean):
+            raise ValueError(
+                f"{dims} dimensions, but the statistics have {len(self.mean)}; pad after normalising"
+            )
+        if not quantile:
+            return self.mean[:dims], self.std[:dims] + EPS
+        if self.q01 is None or self.q99 is None:
+            raise ValueError("the statistics lack q01 and q99, which every policy but pi-0 is normalised by")
+        half = (self.q99[:dims] - self.q01[:dims] + EPS) / 2
+        return self.q01[:dims] + half, half
+
+
+def normalise(x: np.ndarray, stats: NormStats, *, quantile: bool) -> np.ndarray:
+    """To the model's scale, over the last axis: (x - q01) / (q99 - q01 + 1e-6) * 2 - 1, or (x - mean) / (std + 1e-6).
+
+    A vector shorter than the statistics takes the first ones. Not clipped: the outer 2 % lie outside [-1, 1]. Raises
+    ValueError as `NormStats.affine`.
+    """
+    centre, half = stats.affine(quantile=quantile, dims=x.shape[-1])
+    return (x - centre) / half
+
+
+def unnormalise(x: np.ndarray, stats: NormStats, *, quantile: bool) -> np.ndarray:
+    """The inverse of `normalise` on the dimensions that the statistics cover; padding after them is dropped.
+
+    Raises ValueError as `NormStats.affine`.
+    """
+    dims = min(x.shape[-1], len(stats.mean))
+    centre, half = stats.affine(quantile=quantile, dims=dims)
+    return x[..., :dims] * half + centre
+
+
+def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
+    """Zeros behind the last axis up to `dims`. Raises ValueError for more dimensions than that."""
+    missing = dims - x.shape[-1]
+    if missing < 0:
+        raise ValueError(f"{x.shape[-1]} dimensions do not fit the model's {dims}")
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
+def read_norm_stats(path: str | Path, *, quantile: bool) -> dict[str, NormStats]:
+    """`state` and `actions` from openpi's `norm_stats.json`: the file, its folder or a checkpoint's.
+
+    Raises ValueError in one line: no such file or several, no JSON, or an entry or statistic that is absent, not
+    finite, or of another length than its neighbours.
+    """
+    file = _find(Path(path))
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    entries = content.get("norm_stats") if isinstance(content, dict) else None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} lacks the object 'norm_stats'")
+    return {name: _entry(file, entries, name, quantile=quantile) for name in ("state", "actions")}
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = (
+        [path / STATS_FILE] if (path / STATS_FILE).is_file() else sorted((path / "assets").rglob(STATS_FILE))
+    )
+    if not files:
+        raise ValueError(f"{path} has no {STATS_FILE}, nor have its assets; without it actions have no scale")
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(path).parent) for file in files)
+        raise ValueError(f"{path} has {len(files)} of {STATS_FILE} ({names}); name the folder of one")
+    return files[0]
+
+
+def _entry(file: Path, entries: Mapping[str, Any], name: str, *, quantile: bool) -> NormStats:
+    entry = entries.get(name)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{file} lacks norm_stats.{name}; it has {sorted(entries)}")
+    found: dict[str, np.ndarray] = {}
+    for key in ("mean", "std", "q01", "q99"):
+        if entry.get(key) is None:
+            if quantile or key in ("mean", "std"):
+                raise ValueError(f"{file} lacks norm_stats.{name}.{key}")
+            continue
+        try:
+            values = np.asarray(entry[key], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: norm_stats.{name}.{key} is no list of numbers") from error
+        dims = len(found["mean"]) if found else values.size
+        if values.shape != (dims,) or not dims or not np.isfinite(values).all():
+            raise ValueError(
+                f"{file}: norm_stats.{name}.{key} is {entry[key]!r}, expected {dims or 'some'} finite numbers"
+            )
+        found[key] = values
+    return NormStats(**found)

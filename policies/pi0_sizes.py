@@ -1,0 +1,160 @@
+"""Sizes of pi-0 (arXiv 2410.24164) and pi-0.5 (arXiv 2504.16054), and transformers' configurations made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GemmaConfig, PaliGemmaConfig, PI0Config
+
+NORM_EPS = 1e-6
+"""Epsilon of every RMS norm and layer norm."""
+ROPE_THETA = 1e4
+_SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}
+"""The attention that takes bool masks."""
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+"""Periods of the time embedding, in units of flow time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSize:
+    """A stack of Gemma layers."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int = 8
+    kv_heads: int = 1
+    head_dim: int = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSize:
+    """A SigLIP tower; image and patch sides in pixels."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    image: int
+    patch: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        return (self.image // self.patch) ** 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pi0Config:
+    """A whole network. Raises ValueError for sizes that cannot work together."""
+
+    adaptive: bool
+    """pi-0.5: flow time enters through adaptive RMS norms and no state token. Otherwise pi-0."""
+    vision: VisionSize
+    vlm: StreamSize
+    expert: StreamSize
+    vocab: int
+    horizon: int
+    """Actions of a chunk."""
+    action_dim: int = 32
+    """Dimensions of a padded action."""
+    state_dim: int = 32
+    """Dimensions of a padded state; pi-0 alone reads it."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "heads", "kv_heads", "head_dim"):
+            vlm, expert = getattr(self.vlm, name), getattr(self.expert, name)
+            if vlm != expert:
+                raise ValueError(
+                    f"expert.{name} is {expert}, expected the VLM's {vlm}: the two attend to each other per layer"
+                )
+        for name, stream in (("vlm", self.vlm), ("expert", self.expert)):
+            if stream.heads % stream.kv_heads:
+                raise ValueError(f"{name}.heads {stream.heads} is no multiple of kv_heads {stream.kv_heads}")
+            if stream.head_dim % 2:
+                raise ValueError(f"{name}.head_dim {stream.head_dim} must be even (rotary pairs)")
+        if self.expert.width % 2 or self.expert.width < 4:
+            raise ValueError(
+                f"expert.width {self.expert.width} must be even and at least 4 (sine and cosine of flow time)"
+            )
+        if self.vision.image % self.vision.patch:
+            raise ValueError(f"vision.image {self.vision.image} is no multiple of patch {self.vision.patch}")
+        if self.vision.width % self.vision.heads:
+            raise ValueError(f"vision.width {self.vision.width} is no multiple of heads {self.vision.heads}")
+
+
+SO400M = VisionSize(width=1152, depth=27, mlp=4304, heads=16, image=224, patch=14)
+GEMMA_2B = StreamSize(width=2048, depth=18, mlp=16384)
+GEMMA_300M = StreamSize(width=1024, depth=18, mlp=4096)
+PI0 = Pi0Config(adaptive=False, vision=SO400M, vlm=GEMMA_2B, expert=GEMMA_300M, vocab=257152, horizon=50)
+"""Published pi-0."""
+PI05 = Pi0Config(adaptive=True, vision=SO400M, vlm=GEMMA_2B, expert=GEMMA_300M, vocab=257152, horizon=50)
+"""Published pi-0.5; the LIBERO fine-tune differs in its horizon, 10."""
+
+
+def paligemma_config(config: Pi0Config) -> PaliGemmaConfig:
+    """The vision-language model, for `transformers.PaliGemmaModel`."""
+    return PaliGemmaConfig(**_paligemma(config))
+
+
+def expert_config(config: Pi0Config) -> GemmaConfig:
+    """The action expert's layers, for transformers' Gemma modules."""
+    return GemmaConfig(**_gemma(config.expert, vocab=1), **_SDPA)
+
+
+def pi0_config(config: Pi0Config) -> PI0Config:
+    """The whole of pi-0, for `transformers.PI0ForConditionalGeneration`."""
+    return PI0Config(
+        vlm_config=_paligemma(config),
+        dit_config=_gemma(config.expert, vocab=1),
+        chunk_size=config.horizon,
+        max_state_dim=config.state_dim,
+        max_action_dim=config.action_dim,
+        min_period=MIN_PERIOD,
+        max_period=MAX_PERIOD,
+        loss_reduction="none",
+        **_SDPA,
+    )
+
+
+def _paligemma(config: Pi0Config) -> dict[str, Any]:
+    vision = config.vision
+    return {
+        "model_type": "paligemma",
+        "text_config": _gemma(config.vlm, vocab=config.vocab),
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": vision.width,
+            "intermediate_size": vision.mlp,
+            "num_hidden_layers": vision.depth,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image,
+            "patch_size": vision.patch,
+            "layer_norm_eps": NORM_EPS,
+            "vision_use_head": False,
+        },
+        "projection_dim": config.vlm.width,
+        "hidden_size": config.vlm.width,
+        "vocab_size": config.vocab,
+        # The id after the last word: images are never looked up among the words.
+        "image_token_index": config.vocab,
+        **_SDPA,
+    }
+
+
+def _gemma(size: StreamSize, *, vocab: int) -> dict[str, Any]:
+    return {
+        "model_type": "gemma",
+        "hidden_size": size.width,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "vocab_size": vocab,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+    }
