@@ -28,7 +28,7 @@ from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.policy import PolicyPart
 from policies.autoregressive import AutoregressivePolicy, decode
 from policies.decoding import PackedDecoder
-from policies.make import make_autoregressive
+from policies.make import make_policy
 from policies.openvla import OpenVLA
 from trajectories.records import ActionSample, Observation
 
@@ -122,7 +122,8 @@ def main(
     """Measure, print a table, and write JSON when asked."""
     torch.set_num_threads(1)
     part = PolicyPart(bins=bins)
-    policy = make_autoregressive(part, image_size=IMAGE_SIZE, seed=0, device=torch.device("cpu"))
+    policy = make_policy(part, image_size=IMAGE_SIZE, seed=0, device=torch.device("cpu"))
+    assert isinstance(policy, AutoregressivePolicy)
     sizes = [int(size) for size in batches.split(",")]
     rows = [measure(policy, size, repeats) for size in track(sizes, description="batches")]
     table = Table(title=f"{policy.tokens} tokens per decision, one thread")

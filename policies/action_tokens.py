@@ -5,6 +5,8 @@ OpenVLA (arXiv 2406.09246, section 3.2): the bin of the largest action has the l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trajectories.records import ACTION_DIM
@@ -60,6 +62,22 @@ class ActionTokenizer:
         self.check(ids)
         bins = np.clip(self.stop_id - ids - 1, 0, len(self.centres) - 1)
         return self.centres[bins].reshape(*ids.shape[:-1], -1, ACTION_DIM)
+
+    def encode_chunk(self, actions: np.ndarray, *, length: int) -> np.ndarray:
+        """As `encode`; ValueError unless the chunk has `length` tokens."""
+        ids = self.encode(actions)
+        if ids.shape != (length,):
+            raise ValueError(f"a chunk is {length // ACTION_DIM} actions, got {len(actions)}")
+        return ids
+
+    def check_chunks(self, chunks: Sequence[np.ndarray], *, count: int, length: int) -> None:
+        """Raises ValueError unless there are `count` chunks of `length` action tokens each."""
+        if len(chunks) != count:
+            raise ValueError(f"{count} observations need as many chunks, got {len(chunks)}")
+        for i, chunk in enumerate(chunks):
+            if chunk.shape != (length,):
+                raise ValueError(f"chunk {i} has shape {list(chunk.shape)}, expected [{length}] token ids")
+            self.check(chunk)
 
     def check(self, ids: np.ndarray) -> None:
         """Raises ValueError naming the first id that is no action token."""

@@ -89,23 +89,13 @@ class AutoregressivePolicy:
 
     def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
         """Stack observations and chunks int64 [L]; ValueError for one of another length or vocabulary."""
-        if len(chunks) != len(observations):
-            raise ValueError(f"{len(observations)} observations need as many chunks, got {len(chunks)}")
-        for i, chunk in enumerate(chunks):
-            if chunk.shape != (self.tokens,):
-                raise ValueError(
-                    f"chunk {i} has shape {list(chunk.shape)}, expected [{self.tokens}] token ids"
-                )
-            self._actions.check(chunk)
+        self._actions.check_chunks(chunks, count=len(observations), length=self.tokens)
         chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
         return with_chunks(self._stack(observations), chunk_BL)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
-        ids = self._actions.encode(actions)
-        if ids.shape != (self.tokens,):
-            raise ValueError(f"a chunk is {self.tokens // ACTION_DIM} actions, got {len(actions)}")
-        return ids
+        return self._actions.encode_chunk(actions, length=self.tokens)
 
     def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
         """Projected image tokens [B, N, D]."""

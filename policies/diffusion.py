@@ -151,9 +151,7 @@ class DiffusionPolicy:
         embeddings = self.network.embed(seen.prompt_BT, image_tokens_BND, seen.proprio_BP)
         between = embeddings.shape[1] - seen.prompt_BT.shape[1]
         mask_BT = seen.prompt_mask_BT
-        mask_BP = torch.cat(
-            [mask_BT[:, :1], mask_BT.new_ones(len(mask_BT), between), mask_BT[:, 1:]], dim=1
-        )
+        mask_BP = torch.cat([mask_BT[:, :1], mask_BT.new_ones(len(mask_BT), between), mask_BT[:, 1:]], dim=1)
         starts_P = torch.zeros(mask_BP.shape[1], dtype=torch.bool, device=mask_BP.device)
         output = self.network.language_model.model(
             inputs_embeds=embeddings,

@@ -112,7 +112,9 @@ class FlowPolicy:
         """Minus the squared velocity errors over twice `variance`, the mean of `score_draws` draws at stratified times,
         float32 [B, L]; a key fixes them. Raises ValueError without keys."""
         if noise_keys is None:
-            raise ValueError("a flow-matching score needs noise_keys: its noise and times are drawn from them")
+            raise ValueError(
+                "a flow-matching score needs noise_keys: its noise and times are drawn from them"
+            )
         errors_BSKA = self._errors(batch, context, noise_keys, draws=self._part.score_draws)
         return -errors_BSKA[..., :ACTION_DIM].mean(dim=1).flatten(1) / (2 * self.variance)
 
@@ -152,7 +154,10 @@ class FlowPolicy:
         prompt, mask = seen.prompt_BT, seen.prompt_mask_BT
         if self.network.config.adaptive:
             words = self._prompts.size + self._bins(seen)
-            prompt, mask = torch.cat([words, prompt], dim=1), torch.cat([torch.ones_like(words).bool(), mask], dim=1)
+            prompt, mask = (
+                torch.cat([words, prompt], dim=1),
+                torch.cat([torch.ones_like(words).bool(), mask], dim=1),
+            )
         return self.network.encode_prefix(self.network.join_prefix(tokens_BCID, cameras_BC, prompt, mask))
 
     def _state(self, seen: ObservationBatch) -> torch.Tensor | None:
@@ -183,8 +188,14 @@ class FlowPolicy:
         actions_BKA = batch.chunk_BL.unflatten(1, (self._chunk, ACTION_DIM))
         clean_BKA = nn.functional.pad(actions_BKA, (0, self.network.config.action_dim - ACTION_DIM))
         drawn = flow_matching.draw(
-            noise_keys.tolist(), draws=draws, shape=tuple(clean_BKA.shape[1:]), density=density
-        ).to(self.device)
+            noise_keys.tolist(),
+            draws=draws,
+            shape=(self._chunk, self.network.config.action_dim),
+            density=density,
+        )
+        drawn = flow_matching.FlowDraws(
+            times_BS=drawn.times_BS.to(self.device), noise_BSKA=drawn.noise_BSKA.to(self.device)
+        )
         noisy_BSKA = flow_matching.noisy_chunks(clean_BKA, drawn)
         velocity_RKA = self.network.velocity(
             self._prefix(batch, context).repeat(draws),

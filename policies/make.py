@@ -7,10 +7,15 @@ import torch
 from configs.policy import PolicyPart
 from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy
+from policies.diffusion import DiffusionPolicy
+from policies.flow import STATE_BINS, FlowPolicy
 from policies.openvla import OpenVLA, llama
+from policies.pi0 import Pi0Network
+from policies.pi0_sizes import Pi0Config, StreamSize, VisionSize
 from policies.protocol import Policy
 from policies.text import PromptTokenizer
 from policies.vision import SiglipTower, VisionBackbone
+from trajectories.records import PROPRIO_DIM
 
 
 def make_policy(part: PolicyPart, *, image_size: int, seed: int, device: torch.device) -> Policy:
@@ -18,28 +23,79 @@ def make_policy(part: PolicyPart, *, image_size: int, seed: int, device: torch.d
 
     Raises ValueError naming the setting when sizes do not fit together.
     """
-    match part.paradigm:
-        case "autoregressive":
-            return make_autoregressive(part, image_size=image_size, seed=seed, device=device)
-
-
-def make_autoregressive(
-    part: PolicyPart, *, image_size: int, seed: int, device: torch.device
-) -> AutoregressivePolicy:
-    """The token policy of `part`; see `make_policy`."""
-    prompts = PromptTokenizer()
-    vocab_size = prompts.size + part.bins
-    actions = ActionTokenizer(vocab_size=vocab_size, bins=part.bins)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = OpenVLA(
-            vision_backbone=VisionBackbone([SiglipTower(part.vision, image_size)], part.vision.merge),
-            language_model=llama(
-                part.decoder, vocab_size=vocab_size, bos_id=prompts.bos_id, pad_id=prompts.pad_id
-            ),
-            action_first_id=actions.first_id,
-            action_stop_id=actions.stop_id,
-        )
+        match part.paradigm:
+            case "autoregressive":
+                return make_autoregressive(part, image_size=image_size, device=device)
+            case "flow":
+                return make_flow(part, image_size=image_size, device=device)
+            case "diffusion":
+                return make_diffusion(part, image_size=image_size, device=device)
+
+
+def make_autoregressive(part: PolicyPart, *, image_size: int, device: torch.device) -> AutoregressivePolicy:
+    """The token policy of `part`, with weights from torch's current generator."""
+    prompts = PromptTokenizer()
+    actions = ActionTokenizer(vocab_size=prompts.size + part.bins, bins=part.bins)
+    network = _openvla(part, prompts, actions, vocab_size=actions.stop_id, image_size=image_size)
     return AutoregressivePolicy(
         network.to(device), prompts=prompts, actions=actions, chunk=part.chunk, image_size=image_size
+    )
+
+
+def make_diffusion(part: PolicyPart, *, image_size: int, device: torch.device) -> DiffusionPolicy:
+    """The discrete-diffusion policy of `part`: the token policy's network with one more word, [MASK]."""
+    prompts = PromptTokenizer()
+    actions = ActionTokenizer(vocab_size=prompts.size + part.bins, bins=part.bins)
+    network = _openvla(part, prompts, actions, vocab_size=actions.stop_id + 1, image_size=image_size)
+    return DiffusionPolicy(
+        network.to(device),
+        prompts=prompts,
+        actions=actions,
+        part=part.diffusion,
+        chunk=part.chunk,
+        image_size=image_size,
+    )
+
+
+def make_flow(part: PolicyPart, *, image_size: int, device: torch.device) -> FlowPolicy:
+    """The flow-matching policy of `part`."""
+    prompts, vision, decoder = PromptTokenizer(), part.vision, part.decoder
+    if decoder.width % decoder.heads:
+        raise ValueError(f"decoder.width {decoder.width} is no multiple of decoder.heads {decoder.heads}")
+    heads = {"heads": decoder.heads, "kv_heads": decoder.heads, "head_dim": decoder.width // decoder.heads}
+    config = Pi0Config(
+        adaptive=part.flow.version == "pi0.5",
+        vision=VisionSize(
+            width=vision.width,
+            depth=vision.layers,
+            mlp=vision.mlp,
+            heads=vision.heads,
+            image=image_size,
+            patch=vision.patch,
+        ),
+        vlm=StreamSize(width=decoder.width, depth=decoder.layers, mlp=decoder.mlp, **heads),
+        expert=StreamSize(
+            width=part.flow.expert_width, depth=decoder.layers, mlp=part.flow.expert_mlp, **heads
+        ),
+        vocab=prompts.size + STATE_BINS,
+        horizon=part.chunk,
+        action_dim=PROPRIO_DIM,
+        state_dim=PROPRIO_DIM,
+    )
+    network = Pi0Network(config).to(device).eval()
+    return FlowPolicy(network, prompts=prompts, part=part.flow, chunk=part.chunk, image_size=image_size)
+
+
+def _openvla(
+    part: PolicyPart, prompts: PromptTokenizer, actions: ActionTokenizer, *, vocab_size: int, image_size: int
+) -> OpenVLA:
+    return OpenVLA(
+        vision_backbone=VisionBackbone([SiglipTower(part.vision, image_size)], part.vision.merge),
+        language_model=llama(
+            part.decoder, vocab_size=vocab_size, bos_id=prompts.bos_id, pad_id=prompts.pad_id
+        ),
+        action_first_id=actions.first_id,
+        action_stop_id=actions.stop_id,
     )

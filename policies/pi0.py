@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PaliGemmaModel, PI0ForConditionalGeneration
 
 from policies.pi0_expert import AdaptiveExpert, AdaptiveSuffix, TimeEmbedding
-from policies.pi0_prefix import Prefix, PrefixCache, attention_mask, positions
 from policies.pi0_sizes import Pi0Config, expert_config, paligemma_config, pi0_config
+from policies.prefix import Prefix, PrefixCache, attention_mask, positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

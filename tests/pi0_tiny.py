@@ -8,8 +8,8 @@ import torch
 
 from policies.pi0 import Pi0Network
 from policies.pi0_checkpoint import Layout
-from policies.pi0_prefix import Prefix
 from policies.pi0_sizes import Pi0Config, StreamSize, VisionSize
+from policies.prefix import Prefix
 
 TINY = Pi0Config(
     adaptive=False,

@@ -21,7 +21,7 @@ from policies import adapters
 from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy, decode, gumbel_noise
 from policies.decoding import PackedDecoder
-from policies.make import make_autoregressive, make_policy
+from policies.make import make_policy
 from policies.text import PromptTokenizer
 from policies.vision import SiglipTower, VisionBackbone, shift_images
 from policies.weights import state_tensors
@@ -43,7 +43,9 @@ CPU = torch.device("cpu")
 
 
 def make(part: PolicyPart = SMALL, *, seed: int = 0) -> AutoregressivePolicy:
-    return make_autoregressive(part, image_size=32, seed=seed, device=CPU)
+    policy = make_policy(part, image_size=32, seed=seed, device=CPU)
+    assert isinstance(policy, AutoregressivePolicy)
+    return policy
 
 
 def observations(count: int, *, seed: int = 0) -> list[Observation]:
