@@ -1,4 +1,5 @@
-"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare or assets.
+"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare, assets
+or parity.
 
 Without a verb it trains the quickstart recipe. Start it on a cluster with
 `ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml`.
@@ -29,6 +30,8 @@ from envs.experts import NoExpertError
 from envs.fingerprint import FingerprintError
 from envs.protocol import ComparisonError, compare_episodes
 from learners.checkpoint import CheckpointError
+from policies.parity.check import check_fixture
+from policies.parity.fixture import FixtureError, load_fixture
 from trajectories.journal import JournalError
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
@@ -141,6 +144,34 @@ def assets(
     if resolved.kind == "stand-in":
         typer.echo("results on stand-ins are not comparable with published LIBERO tables")
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def parity(
+    folders: Annotated[list[Path], typer.Argument(help="golden fixtures: folders with a config.json")],
+) -> None:
+    """Compare this implementation with the official ones' recorded numbers; exits 0 only when all agree."""
+    compared = failed = 0
+    for folder in folders:
+        try:
+            fixture = load_fixture(folder)
+            results = list(check_fixture(fixture))
+        except FixtureError as error:
+            typer.echo(f"pairloom: {error}", err=True)
+            failed += 1
+            continue
+        computed = sum(result.compared for result in results)
+        family = fixture.setting("family")
+        typer.echo(f"{folder} ({family}): {computed} of {len(fixture.expected)} expected tensors")
+        for result in results:
+            typer.echo(
+                f"{result.name}  {result.difference:.2e}  {'pass' if result.passed else 'fail'}"
+                + (f"  ({result.note})" if result.note else "")
+            )
+        compared += computed
+        failed += sum(not result.passed for result in results)
+    typer.echo(f"parity: {compared} tensors compared, {failed} failed")
+    raise typer.Exit(1 if failed or not compared else 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Direct preference optimisation on single decisions and on whole trajectories.
 
 Rafailov et al. 2023, arXiv 2305.18290 (DPO). Gheshlaghi Azar et al. 2023, arXiv 2310.12036 (IPO). Mitchell
-2023, "A note on DPO with noisy preferences" (conservative DPO). Zhang et al. 2024, arXiv 2411.19309 (GRAPE:
-DPO with the log-ratio summed over a trajectory inside one sigmoid).
+2023, "A note on DPO with noisy preferences" (conservative DPO). Chowdhury et al. 2024, arXiv 2403.00409 (robust
+DPO). Zhang et al. 2024, arXiv 2411.19309 (GRAPE: DPO with the log-ratio summed over a trajectory inside one
+sigmoid). FlowPRO, arXiv 2606.05468 (RPRO's proximal term).
+
+A log-ratio is log(pi / pi_ref) where likelihoods are exact, or an estimate that stands in for it
+(`objectives.flow_matching.log_ratios`, `objectives.masked_diffusion.bound_elements`): every loss here takes either.
 
 Letters: P pairs, D decisions, L elements (tokens) of a chunk, N trajectories.
 """
@@ -42,6 +46,33 @@ def sigmoid_loss(
     logits = beta * (chosen_log_ratios - rejected_log_ratios)
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
     return _with_rewards(losses, chosen_log_ratios, rejected_log_ratios, beta)
+
+
+def robust_loss(
+    chosen_log_ratios: torch.Tensor,
+    rejected_log_ratios: torch.Tensor,
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> PreferenceLoss:
+    """Robust DPO: (-(1 - e) log sigma(beta h) + e log sigma(-beta h)) / (1 - 2 e), e in [0, 0.5) the share of
+    flipped labels. Over those flips its mean is the DPO loss of the true labels, so single losses can be negative.
+
+    Log-ratios are float [P]. Raises ValueError for e outside [0, 0.5), where no such estimate exists.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5) for robust DPO, got {label_smoothing}")
+    logits = beta * (chosen_log_ratios - rejected_log_ratios)
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)
+    losses = losses / (1 - 2 * label_smoothing)
+    return _with_rewards(losses, chosen_log_ratios, rejected_log_ratios, beta)
+
+
+def proximal_loss(log_ratios: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """RPRO's proximal term, float [P]: -(log sigma(r) + log sigma(-r)) / 2 with r = beta * log-ratio, for either
+    side of a pair. It is least, log 2, at r = 0 and grows as |r| / 2: a bound on how far a pair may move."""
+    rewards = beta * log_ratios
+    return -(F.logsigmoid(rewards) + F.logsigmoid(-rewards)) / 2
 
 
 def ipo_loss(

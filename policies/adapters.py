@@ -6,7 +6,7 @@ LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353. peft owns the trained parameters
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,23 +19,42 @@ from configs.schema import AdapterPart
 from trajectories.records import AdapterWeights
 
 _NAME = "default"
-_LINEARS = r"layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linears of a Llama layer."""
+_PEFT_PREFIX = "base_model.model."
+_PEFT_FACTORS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
+}
 
 
-def attach(module: torch.nn.Module, part: AdapterPart, *, seed: int, decoder: str) -> None:
-    """Add a trainable adapter, in place, to every attention and MLP linear of `module.<decoder>`.
+def attach(
+    module: torch.nn.Module,
+    part: AdapterPart,
+    *,
+    seed: int,
+    decoder: str,
+    linears: Sequence[str] = LINEARS,
+) -> None:
+    """Add a trainable adapter, in place, to those `linears` of every layer of `module.<decoder>`; default all.
 
     Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.
     `seed` fixes A. The adapted layers keep their names; their weight moves to `<layer>.base_layer.weight`, so
-    read the base tensors first. Raises ValueError when no linear of a Llama decoder is found.
+    read the base tensors first. Raises ValueError when no linear of a Llama decoder is found, or for a linear that
+    it does not have.
     """
+    unknown = sorted(set(linears) - set(LINEARS))
+    if unknown or not linears:
+        raise ValueError(f"linears to adapt must be some of {', '.join(LINEARS)}, got {unknown or 'none'}")
     config = LoraConfig(
         r=part.rank,
         lora_alpha=part.alpha,  # type: ignore[arg-type]  # peft only divides by it
         lora_dropout=part.dropout,
         use_dora=part.method == "dora",
         bias="none",
-        target_modules=rf"{re.escape(decoder)}\.{_LINEARS}",
+        target_modules=rf"{re.escape(decoder)}\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(linears)})",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -173,6 +192,36 @@ def adapter_from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[st
         scaling=metadata["scaling"],
         base_hash=metadata["base_hash"],
         factors=factors,
+    )
+
+
+def adapter_from_peft(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+) -> tuple[AdapterPart, AdapterWeights]:
+    """An adapter as peft saves it (`adapter_model.safetensors`, `adapter_config.json`), and the part to attach for it.
+
+    Rank-stabilised LoRA (arXiv 2312.03732), whose scaling is alpha / sqrt(r), becomes a part of alpha sqrt(r) and rank
+    r. Dropout is left out. Raises ValueError naming the first tensor that is not a factor of a linear, or the setting
+    that is missing.
+    """
+    for key in ("r", "lora_alpha"):
+        if key not in settings:
+            raise ValueError(f"the adapter's settings lack {key!r}; they have {sorted(settings)}")
+    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    if settings.get("use_rslora"):
+        alpha *= rank**0.5
+    part = AdapterPart(method="dora" if settings.get("use_dora") else "lora", rank=rank, alpha=alpha)
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in tensors.items():
+        layer, dot, key = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        if not dot or f"lora_{key}" not in _PEFT_FACTORS:
+            raise ValueError(
+                f"{name} is not a factor that peft saves for a linear; expected {_PEFT_PREFIX}<layer>.lora_A.weight, "
+                ".lora_B.weight or .lora_magnitude_vector"
+            )
+        factors.setdefault(layer, {})[_PEFT_FACTORS[f"lora_{key}"]] = array
+    return part, AdapterWeights(
+        method=part.method, scaling=part.alpha / part.rank, base_hash="", factors=factors
     )
 
 

@@ -90,7 +90,7 @@ class DiffusionPolicy:
             choice_temperature=temperature,
             use_remask=self._part.remask,
         )
-        chunks = (decoded.tokens_BL + self._actions.first_id).cpu().numpy()
+        chunks = (decoded.samples_KBL[-1] + self._actions.first_id).cpu().numpy()
         return [
             ActionSample(actions=actions.copy(), model_chunk=chunk.copy(), logps=np.zeros(0, np.float32))
             for actions, chunk in zip(self._actions.decode(chunks), chunks, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from configs.schema import AdapterPart
 from policies import adapters, merging
 from trajectories.records import AdapterWeights
 
-FIXTURE = Path(__file__).parents[1].parent / "shared" / "parity" / "dora_merge"
+SHARED = Path(os.environ.get("PAIRLOOM_SHARED", Path(__file__).parents[1].parent / "shared"))
+FIXTURE = SHARED / "parity" / "dora_merge"
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89], [27, 18, 28, 18, 28, 45, 90]])
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = pytest.mark.parametrize("method", ["lora", "dora"])
@@ -98,6 +100,40 @@ def test_merge_equals_peft(method: str) -> None:
         np.testing.assert_allclose(array, want[name], rtol=0, atol=1e-6, err_msg=name)
     changed = {name for name in base if not np.array_equal(merged[name], base[name])}
     assert changed == {f"{layer}.weight" for layer in adapter.factors}
+
+
+def test_some_linears_may_be_left_alone() -> None:
+    model = tiny_llama()
+    adapters.attach(model, AdapterPart(rank=2), seed=0, decoder="model", linears=["q_proj", "v_proj"])
+    layers = {name.rpartition(".")[2] for name, _ in adapters.adapted_layers(model)}
+    assert layers == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match=r"must be some of q_proj, .* got \['qproj'\]"):
+        adapters.attach(tiny_llama(), AdapterPart(rank=2), seed=0, decoder="model", linears=["qproj"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
+def test_an_adapter_that_peft_saved_is_read_and_answers_alike(settings: dict, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "down_proj"], **settings)
+    wrapped = get_peft_model(tiny_llama(), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    part, weights = adapters.adapter_from_peft(load_file(tmp_path / "adapter_model.safetensors"), saved)
+    model = tiny_llama()
+    adapters.attach(model, part, seed=0, decoder="model", linears=saved["target_modules"])
+    adapters.load(model, weights)
+    torch.testing.assert_close(logits(model), logits(wrapped), rtol=0, atol=1e-6)
+
+
+def test_a_tensor_that_is_no_factor_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not a factor"):
+        adapters.adapter_from_peft({"lm_head.weight": np.zeros((1, 1))}, {"r": 1, "lora_alpha": 1})
+    with pytest.raises(ValueError, match="lack 'lora_alpha'"):
+        adapters.adapter_from_peft({}, {"r": 1})
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "dora_rslora"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from objectives import dpo
 
-FIXTURE = Path(__file__).parents[1].parent / "shared" / "parity" / "dpo"
+SHARED = Path(os.environ.get("PAIRLOOM_SHARED", Path(__file__).parents[1].parent / "shared"))
+FIXTURE = SHARED / "parity" / "dpo"
 
 
 @pytest.fixture
@@ -51,6 +53,33 @@ def test_label_smoothing_has_its_minimum_at_the_assumed_odds() -> None:
     h = torch.tensor([math.log(9) / 0.5], requires_grad=True)
     dpo.sigmoid_loss(h, torch.zeros(1), beta=0.5, label_smoothing=0.1).losses.sum().backward()
     assert h.grad.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_robust_dpo_averages_to_the_loss_of_the_true_labels() -> None:
+    h = torch.tensor([4.0, -1.0])
+    zero = torch.zeros(2)
+    kept = dpo.robust_loss(h, zero, beta=0.5, label_smoothing=0.2).losses
+    flipped = dpo.robust_loss(zero, h, beta=0.5, label_smoothing=0.2).losses
+    true = dpo.sigmoid_loss(h, zero, beta=0.5).losses
+    torch.testing.assert_close(0.8 * kept + 0.2 * flipped, true)
+    assert kept[0].item() < 0
+    # (0.8 log(1 + e^-2) - 0.2 log(1 + e^2)) / 0.6
+    assert kept[0].item() == pytest.approx(-0.5397387, abs=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5, 0.9])
+def test_robust_dpo_needs_labels_that_are_more_often_right(smoothing: float) -> None:
+    with pytest.raises(ValueError, match="label_smoothing must lie in"):
+        dpo.robust_loss(torch.zeros(1), torch.zeros(1), beta=0.1, label_smoothing=smoothing)
+
+
+def test_the_proximal_term_is_least_where_policy_is_reference() -> None:
+    ratios = torch.tensor([0.0, 3.0, -3.0], requires_grad=True)
+    losses = dpo.proximal_loss(ratios, beta=2.0)
+    # At r = 6: (log(1 + e^-6) + log(1 + e^6)) / 2 = 3 + log(1 + e^-6).
+    assert losses.tolist() == pytest.approx([math.log(2), 3.0024757, 3.0024757], abs=1e-6)
+    losses.sum().backward()
+    assert ratios.grad.tolist() == pytest.approx([0, 0.9950548, -0.9950548], abs=1e-6)
 
 
 def test_ipo_is_zero_at_its_target_margin() -> None:

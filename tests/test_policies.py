@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -33,11 +32,16 @@ PARADIGMS = {
 }
 SURROGATES = [name for name in PARADIGMS if name != "autoregressive"]
 
-New = Callable[..., Policy]
-
 
 def new(name: str, seed: int = 0) -> Policy:
-    return make_policy(PARADIGMS[name], image_size=SIZE, seed=seed, device=torch.device("cpu"))
+    """A random policy. pi-0.5's gates, which begin at zero and let nothing through, are opened."""
+    policy = make_policy(PARADIGMS[name], image_size=SIZE, seed=seed, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in policy.module.named_parameters():
+            if "norm.dense." in parameter_name:
+                parameter.normal_(std=0.3, generator=generator)
+    return policy
 
 
 def observations(count: int, seed: int = 0) -> list[Observation]:
@@ -158,7 +162,9 @@ def test_before_the_first_step_dpo_is_log_two_and_pulls_on_the_policy_only(name:
     seen, chunks = decided(policy, 4)
     batch, keys = policy.batch(seen, chunks), torch.arange(4) // 2
     reference = policy.score(batch, noise_keys=keys).detach()
-    adapters.attach(policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoder=policy.adapted)
+    adapters.attach(
+        policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoder=policy.adapted
+    )
     with adapters.disabled(policy.module):
         torch.testing.assert_close(policy.score(batch, noise_keys=keys), reference, rtol=0, atol=1e-6)
     ratios = (policy.score(batch, noise_keys=keys) - reference).sum(dim=1)

@@ -47,6 +47,10 @@ class Fixture:
             raise FixtureError(f"{self.folder / 'inputs.safetensors'} lacks the tensor {name!r}")
         return self.inputs[name]
 
+    def tensors(self, file: str) -> dict[str, torch.Tensor]:
+        """Tensors of a further file, e.g. `adapters.safetensors`. Raises FixtureError naming it."""
+        return _tensors(self.folder / file, required=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -67,6 +71,8 @@ class Comparison:
     difference: float
     """Largest absolute difference; NaN when shapes differ or a value is not finite."""
     passed: bool
+    compared: bool = True
+    """False: nothing was computed for it, and something had to be."""
     note: str = ""
 
 

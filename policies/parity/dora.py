@@ -1,0 +1,113 @@
+"""Family `peft_dora`: LoRA and DoRA adapters on a Llama decoder, as peft saves, runs and merges them.
+
+Beside the files of every fixture there is `adapters.safetensors`: `<adapter>/` and the name peft saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from policies import adapters, merging
+from policies.parity.fixture import Family, Fixture, FixtureError, Output, Outputs
+from policies.weights import state_tensors
+
+_DECODER = "model"
+_SAVED_AS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector.weight"}
+
+
+def compute(fixture: Fixture) -> Outputs:
+    """Merged weights, logits, loss, gradients and initial magnitudes of every adapter in config.json.
+
+    Raises FixtureError for weights, adapters or settings that do not fit.
+    """
+    found: dict[str, Output] = {}
+    given = fixture.tensors("adapters.safetensors")
+    for name, settings in fixture.setting("adapters").items():
+        saved = {key.removeprefix(f"{name}/"): t for key, t in given.items() if key.startswith(f"{name}/")}
+        if not saved:
+            raise FixtureError(
+                f"{fixture.folder / 'adapters.safetensors'} has no tensor of adapter {name!r}; it has those of "
+                f"{sorted({key.split('/')[0] for key in given})}"
+            )
+        try:
+            found |= {f"{name}/{key}": output for key, output in _adapter(fixture, saved, settings).items()}
+        except ValueError as error:
+            raise FixtureError(f"{fixture.folder}: adapter {name!r}: {error}") from error
+    with torch.no_grad():
+        found["logits_base"] = Output(_run(fixture, _network(fixture, fixture.weights)).logits)
+    return found
+
+
+def _adapter(
+    fixture: Fixture, saved: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, Output]:
+    part, weights = adapters.adapter_from_peft({key: t.numpy() for key, t in saved.items()}, settings)
+    network = _network(fixture, fixture.weights)
+    base = state_tensors(network)
+    linears = settings.get("target_modules") or fixture.config.get("target_modules") or adapters.LINEARS
+    adapters.attach(network, part, seed=0, decoder=_DECODER, linears=linears)
+    found = {
+        f"init_magnitude/{_saved_name(name)}": Output(parameter.detach().clone())
+        for name, parameter in adapters.parameters(network).items()
+        if name.endswith(".m")
+    }
+    adapters.load(network, weights)
+    with torch.no_grad():
+        found["logits_adapter"] = Output(_run(fixture, network).logits)
+    # The way a learner takes: merged once, gradients carried on to the factors.
+    with adapters.merged_forward(network):
+        loss = _run(fixture, network).loss
+        loss.backward()
+    found["loss"] = Output(loss, relative=1e-3)
+    for name, parameter in adapters.parameters(network).items():
+        if parameter.grad is not None:
+            found[f"grad/{_saved_name(name)}"] = Output(parameter.grad, relative=1e-4)
+    merged = {
+        name: torch.from_numpy(array)
+        for name, array in merging.merge(base, adapters.extract(network, base_hash="")).items()
+    }
+    found |= {f"merged/{name}": Output(tensor) for name, tensor in merged.items()}
+    with torch.no_grad():
+        found["logits_merged"] = Output(_run(fixture, _network(fixture, merged)).logits)
+    return found
+
+
+def _network(fixture: Fixture, weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
+    config = LlamaConfig(**fixture.setting("llama_config"))
+    config._attn_implementation = fixture.config.get("attn_implementation", "eager")
+    network = LlamaForCausalLM(config).eval()
+    own = network.state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name in sorted((set(own) - tied) ^ (set(weights) - tied)):
+        where = "is missing from" if name in own else "is not a Llama tensor but in"
+        raise FixtureError(f"{name} {where} {fixture.folder / 'weights.safetensors'}")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise FixtureError(
+                f"{name} in {fixture.folder / 'weights.safetensors'} has shape {list(tensor.shape)}, "
+                f"expected {list(own[name].shape)}"
+            )
+    network.load_state_dict(dict(weights), strict=False)
+    return network
+
+
+def _run(fixture: Fixture, network: LlamaForCausalLM) -> Any:
+    return network(
+        input_ids=fixture.input("input_ids"),
+        attention_mask=fixture.inputs.get("attention_mask"),
+        labels=fixture.input("labels"),
+    )
+
+
+def _saved_name(parameter: str) -> str:
+    layer, _, key = parameter.rpartition(".")
+    return f"base_model.model.{layer}.{_SAVED_AS[key]}"
+
+
+FAMILY = Family(
+    compute=compute, required=("*/merged/*", "*/logits_adapter", "*/logits_merged", "*/grad/*", "*/loss")
+)

@@ -1,0 +1,215 @@
+"""Family `masked_decode`: MaskGIT-style parallel decoding of given logits under given noise.
+
+A pure function: what the network would answer at every iteration is an input. Read are, with K iterations, B rows, L
+tokens, V vocabulary, and `case<i>/` in front of every name when config.json has a list `cases`:
+
+* config.json: `mask_token_id`; `num_iter` where the inputs do not say it; `choice_temperature` (1); `use_remask` (no).
+* inputs: `logits` [K, B, L, V], [B, K, L, V], or [B, L, V] for every iteration alike; `init_ids` [B, L] (all hidden
+  without it); the draws of tokens as `sampled_ids` [K, B, L], or their noise [K, B, L, V] as `token_gumbel`,
+  `token_uniform` or `token_exponential` (greedy without any); the noise of the choice [K, B, L] as `choice_gumbel` or
+  `choice_uniform`.
+* expected: `final_ids` [B, L]; by iteration, [K, B, L] or [B, K, L]: `final_seqs` (the completed chunk), `masks` (what
+  is hidden again), `next_ids` (the chunk with those hidden), `confidence` (where finite); `mask_len` [K, B], [B, K] or
+  [K].
+
+The released decoder (arXiv 2508.20072) with `use_remask` may hide tokens that were given at the start; here they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from objectives import masked_diffusion
+from policies.parity.fixture import Family, Fixture, FixtureError, Output, Outputs
+
+_ALIASES = {
+    "mask_token_id": ("mask_id",),
+    "choice_temperature": ("temperature",),
+    "logits": ("token_logits",),
+    "init_ids": ("input_ids", "tokens"),
+    "sampled_ids": ("token_draws",),
+    "token_gumbel": ("gumbel_tokens", "sample_gumbel"),
+    "token_uniform": ("uniform_tokens", "sample_uniform"),
+    "token_exponential": ("exponential_tokens", "sample_exponential"),
+    "choice_gumbel": ("gumbel", "gumbel_choice", "mask_gumbel"),
+    "choice_uniform": ("uniform", "uniform_choice", "mask_uniform"),
+    "final_ids": ("final_tokens", "output_ids", "decoded_ids"),
+    "final_seqs": ("sampled", "sampled_ids", "samples"),
+    "masks": ("masked", "masking", "mask"),
+    "next_ids": ("next_seqs", "cur_seqs"),
+    "confidence": ("confidences",),
+    "mask_len": ("mask_lens", "mask_counts"),
+}
+"""Name -> other names it is also read under."""
+_INPUTS = ("logits", "init_ids", "sampled_ids", "token_gumbel", "token_uniform", "token_exponential")
+_CHOSEN = 1e30
+"""Gumbel noise that makes one token certain."""
+_SMALL = 1e-20
+"""What the released decoder adds inside its logarithms."""
+
+
+def compute(fixture: Fixture) -> Outputs:
+    """Every expected tensor of a known name. Raises FixtureError naming what is missing or cannot be read."""
+    if fixture.weights:
+        raise FixtureError(
+            f"{fixture.folder / 'weights.safetensors'}: masked_decode decodes given logits and reads no network, "
+            f"found {sorted(fixture.weights)[0]!r} and others"
+        )
+    cases = fixture.config.get("cases")
+    if cases is None:
+        return _case(fixture, fixture.config, "")
+    found: dict[str, Output] = {}
+    for i, case in enumerate(cases):
+        found |= _case(fixture, {**fixture.config, **case}, f"case{i}/")
+    return found
+
+
+def _case(fixture: Fixture, settings: Mapping[str, Any], prefix: str) -> dict[str, Output]:
+    mask_id = _lookup(settings, "mask_token_id")
+    if mask_id is None:
+        raise FixtureError(
+            f"{fixture.folder / 'config.json'} lacks 'mask_token_id'; it has {sorted(settings)}"
+        )
+    logits_KBLV = _logits(fixture, settings, prefix)
+    iterations, rows, length = logits_KBLV.shape[:3]
+    init_BL = _input(fixture, prefix, "init_ids", (rows, length))
+    if init_BL is None:
+        init_BL = torch.full((rows, length), mask_id)
+    token_noise = _token_noise(fixture, prefix, logits_KBLV)
+    temperature = _lookup(settings, "choice_temperature")
+    choice_noise = _choice_noise(fixture, prefix, (iterations, rows, length))
+    if choice_noise is None and temperature != 0:
+        raise _unreadable(fixture, prefix, "noise of the choice (or choice_temperature 0)", "choice_gumbel")
+    answers = iter(logits_KBLV)
+    try:
+        decoding = masked_diffusion.parallel_decode(
+            lambda _: next(answers),
+            init_BL.long(),
+            masked_diffusion.DecodingNoise(
+                tokens_KBLV=torch.zeros_like(logits_KBLV) if token_noise is None else token_noise,
+                choice_KBL=torch.zeros(iterations, rows, length) if choice_noise is None else choice_noise,
+            ),
+            mask_id=mask_id,
+            choice_temperature=1.0 if temperature is None else temperature,
+            use_remask=bool(settings.get("use_remask", False)),
+        )
+    except ValueError as error:
+        raise FixtureError(f"{fixture.folder}: {error}") from error
+    return _outputs(fixture, prefix, decoding, mask_id)
+
+
+def _outputs(
+    fixture: Fixture, prefix: str, decoding: masked_diffusion.ParallelDecoding, mask_id: int
+) -> dict[str, Output]:
+    computed = {
+        "final_ids": decoding.samples_KBL[-1],
+        "final_seqs": decoding.samples_KBL,
+        "masks": decoding.masks_KBL,
+        "next_ids": torch.where(decoding.masks_KBL, mask_id, decoding.samples_KBL),
+        "confidence": decoding.confidences_KBL,
+        "mask_len": decoding.masks_KBL.sum(dim=-1),
+    }
+    found = {}
+    for name, value in computed.items():
+        # Nothing follows the last iteration: what it would hide again means nothing.
+        live = torch.ones_like(value, dtype=torch.bool)
+        if not name.startswith("final") and len(value) > 1:
+            live[-1] = False
+        for key in (name, *_ALIASES[name]):
+            expected = fixture.expected.get(prefix + key)
+            if expected is not None:
+                where = _oriented(name, live, expected) & expected.isfinite()
+                found[prefix + key] = Output(_oriented(name, value, expected), where=where)
+    if not any(
+        prefix + key in found for name in ("final_ids", "final_seqs") for key in (name, *_ALIASES[name])
+    ):
+        raise FixtureError(
+            f"{fixture.folder / 'expected.safetensors'} has no decoded tokens that are known here: expected "
+            f"{prefix}final_ids or {prefix}final_seqs, found {sorted(fixture.expected)}"
+        )
+    return found
+
+
+def _oriented(name: str, value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """By row or by iteration first, whichever the expected tensor has; the released decoder's own result is by row."""
+    if name == "mask_len" and expected.ndim == 1 and bool((value == value[:, :1]).all()):
+        return value[:, 0]
+    if value.ndim < 2 or name == "final_ids":
+        return value
+    swapped = value.transpose(0, 1)
+    by_row = name == "final_seqs" or value.shape != expected.shape
+    return swapped if by_row and swapped.shape == expected.shape else value
+
+
+def _logits(fixture: Fixture, settings: Mapping[str, Any], prefix: str) -> torch.Tensor:
+    """[K, B, L, V] float32."""
+    logits = _input(fixture, prefix, "logits", None)
+    if logits is None:
+        raise _unreadable(fixture, prefix, "logits of every iteration", *_INPUTS[:1])
+    iterations = settings.get("num_iter")
+    if logits.ndim == 3 and iterations:
+        return logits.float().expand(int(iterations), *logits.shape)
+    if logits.ndim == 4 and iterations in (None, logits.shape[0]):
+        return logits.float()
+    if logits.ndim == 4 and iterations == logits.shape[1]:
+        return logits.float().transpose(0, 1)
+    raise FixtureError(
+        f"{fixture.folder / 'inputs.safetensors'}: {prefix}logits has shape {list(logits.shape)}, expected "
+        f"[num_iter, B, L, V] or [B, L, V] with num_iter in config.json (it is {iterations})"
+    )
+
+
+def _token_noise(fixture: Fixture, prefix: str, logits_KBLV: torch.Tensor) -> torch.Tensor | None:
+    shape = tuple(logits_KBLV.shape)
+    drawn = _input(fixture, prefix, "sampled_ids", shape[:3])
+    if drawn is not None:
+        return torch.zeros(shape).scatter(-1, drawn.long()[..., None], _CHOSEN)
+    gumbel = _input(fixture, prefix, "token_gumbel", shape)
+    exponential = _input(fixture, prefix, "token_exponential", shape)
+    if gumbel is None and exponential is not None:
+        return -exponential.log()
+    return _gumbel(_input(fixture, prefix, "token_uniform", shape)) if gumbel is None else gumbel
+
+
+def _choice_noise(fixture: Fixture, prefix: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    gumbel = _input(fixture, prefix, "choice_gumbel", shape)
+    return _gumbel(_input(fixture, prefix, "choice_uniform", shape)) if gumbel is None else gumbel
+
+
+def _gumbel(uniform: torch.Tensor | None) -> torch.Tensor | None:
+    return None if uniform is None else -(-(uniform + _SMALL).log() + _SMALL).log()
+
+
+def _input(fixture: Fixture, prefix: str, name: str, shape: tuple[int, ...] | None) -> torch.Tensor | None:
+    for key in (name, *_ALIASES[name]):
+        tensor = fixture.inputs.get(prefix + key, fixture.inputs.get(key))
+        if tensor is None:
+            continue
+        if shape is not None and tensor.shape != shape:
+            swapped = tensor.transpose(0, 1) if tensor.ndim >= 3 else tensor
+            if swapped.shape != shape:
+                raise FixtureError(
+                    f"{fixture.folder / 'inputs.safetensors'}: {key} has shape {list(tensor.shape)}, "
+                    f"expected {list(shape)}"
+                )
+            return swapped
+        return tensor
+    return None
+
+
+def _lookup(settings: Mapping[str, Any], name: str) -> Any:
+    return next((settings[key] for key in (name, *_ALIASES[name]) if key in settings), None)
+
+
+def _unreadable(fixture: Fixture, prefix: str, what: str, name: str) -> FixtureError:
+    names = ", ".join(prefix + key for key in (name, *_ALIASES[name]))
+    return FixtureError(
+        f"{fixture.folder / 'inputs.safetensors'} lacks the {what}: expected one of {names}; "
+        f"found {sorted(fixture.inputs)}"
+    )
+
+
+FAMILY = Family(compute=compute, required=())
