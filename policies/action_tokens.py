@@ -20,11 +20,15 @@ class ActionTokenizer:
     An odd `bins` puts the centres themselves evenly over [-1, 1], each id its own: -1, 0 and +1 are exact, so
     a coarse vocabulary can still hold the arm still, drive it at full speed and close the gripper.
 
-    Either way the number of centres is odd, so 0 is always one of them.
+    Either way the number of centres is odd, so 0 is always one of them. (A checkpoint that was trained with OpenVLA's
+    rule on an odd number is read with `exact_ends=False`.)
     """
 
-    def __init__(self, *, vocab_size: int, bins: int) -> None:
-        """`vocab_size` counts text and action ids together; padding ids that follow them do not count."""
+    def __init__(self, *, vocab_size: int, bins: int, exact_ends: bool | None = None) -> None:
+        """`vocab_size` counts text and action ids together; padding ids that follow them do not count.
+
+        `exact_ends`: whether -1 and +1 are centres; none: as the number of bins decides, see above.
+        """
         if not 3 <= bins < vocab_size:
             raise ValueError(
                 f"bins must lie in 3..{vocab_size - 1} (the vocabulary has {vocab_size} ids), got {bins}"
@@ -33,12 +37,13 @@ class ActionTokenizer:
         self.stop_id = vocab_size
         """One past the last action id."""
         self.first_id = vocab_size - bins
-        if bins % 2 == 0:
+        if not (bins % 2 if exact_ends is None else exact_ends):
             self._edges = np.linspace(-1, 1, bins)
             centres = (self._edges[:-1] + self._edges[1:]) / 2
         else:
             centres = np.linspace(-1, 1, bins)
             self._edges = np.concatenate([[-1.0], (centres[:-1] + centres[1:]) / 2])
+        self._centres = centres
         self.centres = centres.astype(np.float32)
         """float32 [`bins` or `bins` - 1], rising."""
 
@@ -52,14 +57,25 @@ class ActionTokenizer:
         if not np.isfinite(actions).all():
             step, dim = np.argwhere(~np.isfinite(actions))[0]
             raise ValueError(f"actions[{step}, {dim}] is {actions[step, dim]}; expected a number in [-1, 1]")
-        bins = np.digitize(np.clip(actions.astype(np.float64), -1, 1), self._edges)
-        return (self.stop_id - bins).astype(np.int64).reshape(-1)
+        return self.ids(actions).reshape(-1)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Token ids int [..., K * 7] -> bin centres float32 [..., K, 7]; ValueError for any other id."""
         self.check(ids)
-        bins = np.clip(self.stop_id - ids - 1, 0, len(self.centres) - 1)
-        return self.centres[bins].reshape(*ids.shape[:-1], -1, ACTION_DIM)
+        return self.values(ids).astype(np.float32).reshape(*ids.shape[:-1], -1, ACTION_DIM)
+
+    def ids(self, values: np.ndarray) -> np.ndarray:
+        """Finite values of any shape, clipped to [-1, 1] -> token ids int64 of that shape."""
+        bins = np.digitize(np.clip(values.astype(np.float64), -1, 1), self._edges)
+        return (self.stop_id - bins).astype(np.int64)
+
+    def values(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids of any shape -> bin centres float64 of that shape.
+
+        An id below the action ids gives the highest centre and one above them the lowest, as in OpenVLA, whose
+        decoding over the whole vocabulary may choose such ids. Where that would hide a fault, `check` first.
+        """
+        return self._centres[np.clip(self.stop_id - ids - 1, 0, len(self._centres) - 1)]
 
     def check(self, ids: np.ndarray) -> None:
         """Raises ValueError naming the first id that is no action token."""

@@ -5,15 +5,18 @@ The distribution is the decoder's softmax over the action tokens alone, in sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from policies.action_tokens import ActionTokenizer
-from policies.decoding import Decoding, PackedDecoder
-from policies.openvla import OpenVLA
+from policies.decoding import PackedDecoder
+from policies.module_decoding import ModuleDecoder
+from policies.openvla import OpenVLA, token_logps
+from policies.openvla_actions import OpenVLAActions
+from policies.openvla_prompts import LlamaPrompts
 from policies.protocol import DecisionBatch
 from policies.text import PromptTokenizer
 from trajectories.records import ACTION_DIM, PROPRIO_DIM, ActionSample, Observation, WeightSnapshot
@@ -32,12 +35,15 @@ class AutoregressivePolicy:
         self,
         network: OpenVLA,
         *,
-        prompts: PromptTokenizer,
-        actions: ActionTokenizer,
+        prompts: PromptTokenizer | LlamaPrompts,
+        actions: ActionTokenizer | OpenVLAActions,
         chunk: int,
         image_size: int,
+        view: Callable[[np.ndarray], np.ndarray] | None = None,
+        decoder: type[PackedDecoder] | type[ModuleDecoder] = PackedDecoder,
     ) -> None:
-        """`chunk` is K; `image_size` the rows and columns that the vision towers were built for."""
+        """`chunk` is K; `image_size` the rows and columns that the vision towers were built for, after `view`, which
+        a camera's image goes through first."""
         self.module = network
         self.network = network
         """The same network under its own type."""
@@ -46,10 +52,12 @@ class AutoregressivePolicy:
         self._prompts = prompts
         self._actions = actions
         self._image_size = image_size
+        self._view = view
+        self._decoder = decoder
 
     @property
     def device(self) -> torch.device:
-        return self.network.proprio_projector.mean.device
+        return self.network.language_model.device
 
     @torch.inference_mode()
     def act(
@@ -66,7 +74,7 @@ class AutoregressivePolicy:
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
         first_id, stop_id = self._actions.first_id, self._actions.stop_id
-        decoder = PackedDecoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
+        decoder = self._decoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
         agentview, wrist, proprio, prompt, mask = self._stack(observations)
         image_tokens = self.network.encode_images(agentview, wrist)
         prefix = self.network.embed(prompt, image_tokens, proprio)
@@ -75,7 +83,7 @@ class AutoregressivePolicy:
         if temperature > 0:
             noise = temperature * gumbel_noise(seeds, self.tokens, self._actions.bins)
         chosen, logits = decode(decoder, prefix, lengths, noise.to(self.device))
-        logps = torch.log_softmax(logits, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        logps = token_logps(logits, chosen)
         chunks = (chosen + first_id).T.cpu().numpy()
         rows = zip(self._actions.decode(chunks), chunks, logps.T.cpu().numpy(), strict=True)
         return [
@@ -117,8 +125,7 @@ class AutoregressivePolicy:
     def score(self, batch: DecisionBatch, image_tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probabilities of the chunks' tokens at temperature 1, float32 [B, L], exact, differentiable."""
         logits = self.network(batch, image_tokens).float()
-        chosen = batch.chunk_BL - self._actions.first_id
-        return torch.log_softmax(logits, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        return token_logps(logits, batch.chunk_BL - self._actions.first_id)
 
     @torch.no_grad()
     def load(self, snapshot: WeightSnapshot) -> None:
@@ -145,38 +152,50 @@ class AutoregressivePolicy:
         """Agentview, wrist uint8 [B, H, W, 3], proprio float32 [B, 8], prompts int64, mask bool [B, T]."""
         if not observations:
             raise ValueError("a batch needs at least one observation")
-        side = self._image_size
+        views = [self._views(seen, f"observation {i}") for i, seen in enumerate(observations)]
         for i, seen in enumerate(observations):
-            for name, image in (("agentview", seen.agentview), ("wrist", seen.wrist)):
-                if image.shape != (side, side, 3) or image.dtype != np.uint8:
-                    raise ValueError(
-                        f"observation {i}: {name} is {image.dtype} {list(image.shape)}, "
-                        f"expected uint8 [{side}, {side}, 3]"
-                    )
             if seen.proprio.shape != (PROPRIO_DIM,) or not np.isfinite(seen.proprio).all():
                 raise ValueError(
                     f"observation {i}: proprio must be {PROPRIO_DIM} finite numbers, got {seen.proprio}"
                 )
         prompt, mask = self._prompts.stack([seen.instruction for seen in observations])
         arrays = (
-            np.stack([seen.agentview for seen in observations]),
-            np.stack([seen.wrist for seen in observations]),
+            np.stack([agentview for agentview, _ in views]),
+            np.stack([wrist for _, wrist in views]),
             np.stack([seen.proprio for seen in observations]).astype(np.float32),
             prompt,
             mask,
         )
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
+    def _views(self, seen: Observation, what: str) -> list[np.ndarray]:
+        """Agentview and wrist as the network sees them, uint8 [H, W, 3]; of a camera that it has not, one pixel."""
+        side, views = self._image_size, []
+        for camera, (name, image) in enumerate((("agentview", seen.agentview), ("wrist", seen.wrist))):
+            if camera >= self.network.cameras:
+                views.append(np.zeros((1, 1, 3), np.uint8))
+                continue
+            image = image if self._view is None else self._view(image)
+            if image.shape != (side, side, 3) or image.dtype != np.uint8:
+                raise ValueError(
+                    f"{what}: {name} is {image.dtype} {list(image.shape)}, expected uint8 [{side}, {side}, 3]"
+                )
+            views.append(image)
+        return views
+
 
 def decode(
-    decoder: PackedDecoder, prefix_BSD: torch.Tensor, lengths: Sequence[int], noise_LBV: torch.Tensor
+    decoder: PackedDecoder | ModuleDecoder,
+    prefix_BSD: torch.Tensor,
+    lengths: Sequence[int],
+    noise_LBV: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode one token per leading entry of `noise_LBV`, each the argmax of logits + noise over the bins.
+    """Decode one token per leading entry of `noise_LBV`, each the argmax of logits + noise over the decoder's ids.
 
-    Returns the bins int64 [L, B] (0 is the first action id) and the logits without noise float32 [L, B, V].
+    Returns them less the decoder's first id, int64 [L, B], and the logits without noise, float32 [L, B, V].
     """
     length = len(noise_LBV)
-    decoding = Decoding(decoder, prefix_BSD, lengths, length - 1)
+    decoding = decoder.start(prefix_BSD, lengths, length - 1)
     chosen, logits = [], []
     for step, noise_BV in enumerate(noise_LBV.unbind(0)):
         logits_BV = decoder.logits(decoding.hidden_BD)

@@ -8,9 +8,10 @@ from fnmatch import fnmatch
 
 import torch
 
+from policies.parity import openvla
 from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: dict[str, Family] = {"openvla": openvla.FAMILY}
 """Name in config.json -> the family."""
 
 
