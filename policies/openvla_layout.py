@@ -66,6 +66,8 @@ LLAMA_2_7B: dict[str, Any] = {
 }
 """What a text_config means where it is silent; published ones name little more than their vocabulary."""
 
+KINDS = {Mapping: "an object", list: "a list", int: "a whole number", bool: "true or false"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenVLALayout:
@@ -130,15 +132,15 @@ def openvla_layout(config: Mapping[str, Any], *, where: str) -> OpenVLALayout:
             text=text,
             vocab_size=text["vocab_size"] - padding,
             bins=_entry(config, "n_action_bins", int),
-            bos_id=config["text_config"].get("bos_token_id", 1),
+            bos_id=_entry({"bos_token_id": 1, **config["text_config"]}, "bos_token_id", int),
             pad_id=_entry(config, "pad_token_id", int),
         )
         if not 0 <= layout.pad_id < text["vocab_size"]:
             raise ValueError(
                 f"pad_token_id {layout.pad_id} is outside the vocabulary of {text['vocab_size']}"
             )
-        if padding < 0 or layout.actions.first_id < 0:
-            raise ValueError(f"pad_to_multiple_of {padding} leaves no text vocabulary")
+        if padding < 0:
+            raise ValueError(f"pad_to_multiple_of is {padding}, expected 0 or more")
         # Sizes that do not fit each other are found here, not halfway through the files.
         layout.empty()
     except ValueError as error:
@@ -149,7 +151,7 @@ def openvla_layout(config: Mapping[str, Any], *, where: str) -> OpenVLALayout:
 def _entry(config: Mapping[str, Any], name: str, kind: type) -> Any:
     value = config.get(name)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{name} is {value!r}, expected {kind.__name__.lower()}")
+        raise ValueError(f"{name} is {value!r}, expected {KINDS[kind]}")
     return value
 
 
@@ -189,7 +191,7 @@ def _towers(config: Mapping[str, Any]) -> tuple[TowerSizes, ...]:
             raise ValueError(f"timm_override_act_layers has {layer!r}; only towers with GELU are read")
     calls = config.get("timm_create_model_calls") or [[name, {}] for name in names]
     if [call[0] for call in calls] != names:
-        raise ValueError(f"timm_create_model_calls are of {[call[0] for call in calls]}, expected {names}")
+        raise ValueError(f"timm_create_model_calls are of {[call[0] for call in calls]}, expected of {names}")
     towers = []
     for name, image, (_, arguments) in zip(names, images, calls, strict=True):
         if name not in TOWERS:
@@ -198,6 +200,9 @@ def _towers(config: Mapping[str, Any]) -> tuple[TowerSizes, ...]:
         for argument in arguments:
             if argument not in (*RESIZABLE, *NO_MATTER):
                 raise ValueError(f"timm_create_model_calls of {name!r} has {argument!r}; known: {RESIZABLE}")
-        changes = {key: value for key, value in arguments.items() if key in RESIZABLE}
-        towers.append(replace(TOWERS[name], **{"img_size": image, **changes}))
+        sizes = {"img_size": image, **{key: arguments[key] for key in RESIZABLE if key in arguments}}
+        for key, value in sizes.items():
+            if not isinstance(value, int if key != "mlp_ratio" else int | float) or value <= 0:
+                raise ValueError(f"{key} of {name!r} is {value!r}, expected a positive number")
+        towers.append(replace(TOWERS[name], **sizes))
     return tuple(towers)

@@ -191,7 +191,6 @@ def test_what_lies_behind_the_second_to_last_block_has_no_influence() -> None:
         for name, parameter in tower.named_parameters():
             parameter += 1
             idle = name.startswith(("blocks.2.", "norm.", "attn_pool."))
-            # A key's bias moves every logit of a query alike, so only part of qkv.bias is seen; one number is enough.
             assert torch.equal(tower(pixels), before) == idle, name
             parameter -= 1
             before = tower(pixels)
@@ -409,7 +408,7 @@ def test_folders_that_are_no_checkpoint_are_refused(
     ("change", "message"),
     [
         ({"model_type": "llava"}, "model_type is 'llava', expected 'openvla'"),
-        ({"text_config": None}, "text_config is None, expected mapping"),
+        ({"text_config": None}, "text_config is None, expected an object"),
         ({"text_config": {"vocab_size": 32064, "model_type": "phi"}}, "text_config.model_type is 'phi'"),
         ({"text_config": {"vocab_size": "many"}}, "text_config.vocab_size is 'many'"),
         ({"text_config": {"vocab_size": 32064, "hidden_size": 30}}, "hidden_size 30, num_attention_heads 32"),
@@ -417,11 +416,15 @@ def test_folders_that_are_no_checkpoint_are_refused(
             {"text_config": {"vocab_size": 32064, "rope_scaling": {"factor": 2}}},
             "rope_scaling is .*, expected none",
         ),
-        ({"n_action_bins": None}, "n_action_bins is None, expected int"),
+        ({"n_action_bins": None}, "n_action_bins is None, expected a whole number"),
         ({"n_action_bins": 32000}, r"bins must lie in 3\.\.31999"),
         ({"pad_token_id": 32064}, "pad_token_id 32064 is outside the vocabulary of 32064"),
         ({"image_sizes": [28, 30]}, "img_size 30 is no multiple of patch_size 14"),
         ({"image_sizes": [28]}, "need 2 entries each"),
+        (
+            {"image_sizes": [28, "28"]},
+            "img_size of 'vit_so400m_patch14_siglip_224' is '28', expected a positive",
+        ),
         ({"timm_override_act_layers": [None, "quick_gelu"]}, "'quick_gelu'; only towers with GELU"),
         (
             {"timm_model_ids": [tiny.DINOV2, "vit_so400m_patch14_siglip_240"]},
