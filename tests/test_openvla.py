@@ -417,6 +417,7 @@ def test_folders_that_are_no_checkpoint_are_refused(
             "rope_scaling is .*, expected none",
         ),
         ({"n_action_bins": None}, "n_action_bins is None, expected a whole number"),
+        ({"pad_to_multiple_of": -1}, "pad_to_multiple_of is -1, expected 0 or more"),
         ({"n_action_bins": 32000}, r"bins must lie in 3\.\.31999"),
         ({"pad_token_id": 32064}, "pad_token_id 32064 is outside the vocabulary of 32064"),
         ({"image_sizes": [28, 30]}, "img_size 30 is no multiple of patch_size 14"),
