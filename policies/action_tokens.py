@@ -6,6 +6,7 @@ OpenVLA (arXiv 2406.09246, section 3.2): the bin of the largest action has the l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -22,11 +23,15 @@ class ActionTokenizer:
     An odd `bins` puts the centres themselves evenly over [-1, 1], each id its own: -1, 0 and +1 are exact, so
     a coarse vocabulary can still hold the arm still, drive it at full speed and close the gripper.
 
-    Either way the number of centres is odd, so 0 is always one of them.
+    Either way the number of centres is odd, so 0 is always one of them. (A checkpoint that was trained with OpenVLA's
+    rule on an odd number is read with `exact_ends=False`.)
     """
 
-    def __init__(self, *, vocab_size: int, bins: int) -> None:
-        """`vocab_size` counts text and action ids together; padding ids that follow them do not count."""
+    def __init__(self, *, vocab_size: int, bins: int, exact_ends: bool | None = None) -> None:
+        """`vocab_size` counts text and action ids together; padding ids that follow them do not count.
+
+        `exact_ends`: whether -1 and +1 are centres; none: as the number of bins decides, see above.
+        """
         if not 3 <= bins < vocab_size:
             raise ValueError(
                 f"bins must lie in 3..{vocab_size - 1} (the vocabulary has {vocab_size} ids), got {bins}"
@@ -35,12 +40,13 @@ class ActionTokenizer:
         self.stop_id = vocab_size
         """One past the last action id."""
         self.first_id = vocab_size - bins
-        if bins % 2 == 0:
+        if not (bins % 2 if exact_ends is None else exact_ends):
             self._edges = np.linspace(-1, 1, bins)
             centres = (self._edges[:-1] + self._edges[1:]) / 2
         else:
             centres = np.linspace(-1, 1, bins)
             self._edges = np.concatenate([[-1.0], (centres[:-1] + centres[1:]) / 2])
+        self._centres = centres
         self.centres = centres.astype(np.float32)
         """float32 [`bins` or `bins` - 1], rising."""
 
@@ -54,30 +60,25 @@ class ActionTokenizer:
         if not np.isfinite(actions).all():
             step, dim = np.argwhere(~np.isfinite(actions))[0]
             raise ValueError(f"actions[{step}, {dim}] is {actions[step, dim]}; expected a number in [-1, 1]")
-        bins = np.digitize(np.clip(actions.astype(np.float64), -1, 1), self._edges)
-        return (self.stop_id - bins).astype(np.int64).reshape(-1)
+        return self.ids(actions).reshape(-1)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Token ids int [..., K * 7] -> bin centres float32 [..., K, 7]; ValueError for any other id."""
         self.check(ids)
-        bins = np.clip(self.stop_id - ids - 1, 0, len(self.centres) - 1)
-        return self.centres[bins].reshape(*ids.shape[:-1], -1, ACTION_DIM)
+        return self.values(ids).astype(np.float32).reshape(*ids.shape[:-1], -1, ACTION_DIM)
 
-    def encode_chunk(self, actions: np.ndarray, *, length: int) -> np.ndarray:
-        """As `encode`; ValueError unless the chunk has `length` tokens."""
-        ids = self.encode(actions)
-        if ids.shape != (length,):
-            raise ValueError(f"a chunk is {length // ACTION_DIM} actions, got {len(actions)}")
-        return ids
+    def ids(self, values: np.ndarray) -> np.ndarray:
+        """Finite values of any shape, clipped to [-1, 1] -> token ids int64 of that shape."""
+        bins = np.digitize(np.clip(values.astype(np.float64), -1, 1), self._edges)
+        return (self.stop_id - bins).astype(np.int64)
 
-    def check_chunks(self, chunks: Sequence[np.ndarray], *, count: int, length: int) -> None:
-        """Raises ValueError unless there are `count` chunks of `length` action tokens each."""
-        if len(chunks) != count:
-            raise ValueError(f"{count} observations need as many chunks, got {len(chunks)}")
-        for i, chunk in enumerate(chunks):
-            if chunk.shape != (length,):
-                raise ValueError(f"chunk {i} has shape {list(chunk.shape)}, expected [{length}] token ids")
-            self.check(chunk)
+    def values(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids of any shape -> bin centres float64 of that shape.
+
+        An id below the action ids gives the highest centre and one above them the lowest, as in OpenVLA, whose
+        decoding over the whole vocabulary may choose such ids. Where that would hide a fault, `check` first.
+        """
+        return self._centres[np.clip(self.stop_id - ids - 1, 0, len(self._centres) - 1)]
 
     def check(self, ids: np.ndarray) -> None:
         """Raises ValueError naming the first id that is no action token."""
@@ -86,3 +87,35 @@ class ActionTokenizer:
             raise ValueError(
                 f"token id {ids[outside][0]} is no action token; expected {self.first_id}..{self.stop_id - 1}"
             )
+
+
+class ActionTokens(Protocol):
+    """Actions to token ids and back; see `ActionTokenizer`."""
+
+    first_id: int
+    stop_id: int
+    bins: int
+
+    def encode(self, actions: np.ndarray) -> np.ndarray: ...
+
+    def decode(self, ids: np.ndarray) -> np.ndarray: ...
+
+    def check(self, ids: np.ndarray) -> None: ...
+
+
+def encode_chunk(tokens: ActionTokens, actions: np.ndarray, *, length: int) -> np.ndarray:
+    """Actions float [K, 7] -> token ids int64 [length]; ValueError for a chunk of another length."""
+    ids = tokens.encode(actions)
+    if ids.shape != (length,):
+        raise ValueError(f"a chunk is {length // ACTION_DIM} actions, got {len(actions)}")
+    return ids
+
+
+def check_chunks(tokens: ActionTokens, chunks: Sequence[np.ndarray], *, count: int, length: int) -> None:
+    """Raises ValueError unless there are `count` chunks of `length` action tokens each."""
+    if len(chunks) != count:
+        raise ValueError(f"{count} observations need as many chunks, got {len(chunks)}")
+    for i, chunk in enumerate(chunks):
+        if chunk.shape != (length,):
+            raise ValueError(f"chunk {i} has shape {list(chunk.shape)}, expected [{length}] token ids")
+        tokens.check(chunk)

@@ -5,18 +5,18 @@ The distribution is the decoder's softmax over the action tokens alone, in sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from policies.action_tokens import ActionTokenizer
-from policies.decoding import Decoding, PackedDecoder
-from policies.observations import ObservationBatch, stack_observations
-from policies.openvla import OpenVLA
+from policies.action_tokens import ActionTokens, check_chunks, encode_chunk
+from policies.decoding import PackedDecoder
+from policies.module_decoding import ModuleDecoder
+from policies.observations import ObservationBatch, Prompts, stack_observations
+from policies.openvla import OpenVLA, token_logps
 from policies.protocol import DecisionBatch, with_chunks
-from policies.text import PromptTokenizer
 from policies.weights import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
@@ -36,12 +36,15 @@ class AutoregressivePolicy:
         self,
         network: OpenVLA,
         *,
-        prompts: PromptTokenizer,
-        actions: ActionTokenizer,
+        prompts: Prompts,
+        actions: ActionTokens,
         chunk: int,
         image_size: int,
+        view: Callable[[np.ndarray], np.ndarray] | None = None,
+        decoder: type[PackedDecoder] | type[ModuleDecoder] = PackedDecoder,
     ) -> None:
-        """`chunk` is K; `image_size` the rows and columns that the vision towers were built for."""
+        """`chunk` is K; `image_size` the rows and columns that the vision towers were built for, after `view`, which
+        a camera's image goes through first."""
         self.module = network
         self.network = network
         """The same network under its own type."""
@@ -50,10 +53,12 @@ class AutoregressivePolicy:
         self._prompts = prompts
         self._actions = actions
         self._image_size = image_size
+        self._view = view
+        self._decoder = decoder
 
     @property
     def device(self) -> torch.device:
-        return self.network.proprio_projector.mean.device
+        return self.network.language_model.device
 
     @torch.inference_mode()
     def act(
@@ -70,7 +75,7 @@ class AutoregressivePolicy:
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
         first_id, stop_id = self._actions.first_id, self._actions.stop_id
-        decoder = PackedDecoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
+        decoder = self._decoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
         seen = self._stack(observations)
         image_tokens = self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC)
         prefix = self.network.embed(seen.prompt_BT, image_tokens, seen.proprio_BP)
@@ -79,7 +84,7 @@ class AutoregressivePolicy:
         if temperature > 0:
             noise = temperature * gumbel_noise(seeds, self.tokens, self._actions.bins)
         chosen, logits = decode(decoder, prefix, lengths, noise.to(self.device))
-        logps = torch.log_softmax(logits, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        logps = token_logps(logits, chosen)
         chunks = (chosen + first_id).T.cpu().numpy()
         rows = zip(self._actions.decode(chunks), chunks, logps.T.cpu().numpy(), strict=True)
         return [
@@ -89,13 +94,13 @@ class AutoregressivePolicy:
 
     def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
         """Stack observations and chunks int64 [L]; ValueError for one of another length or vocabulary."""
-        self._actions.check_chunks(chunks, count=len(observations), length=self.tokens)
+        check_chunks(self._actions, chunks, count=len(observations), length=self.tokens)
         chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
         return with_chunks(self._stack(observations), chunk_BL)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
-        return self._actions.encode_chunk(actions, length=self.tokens)
+        return encode_chunk(self._actions, actions, length=self.tokens)
 
     def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
         """Projected image tokens [B, N, D]."""
@@ -111,8 +116,7 @@ class AutoregressivePolicy:
         """Log-probabilities of the chunks' tokens at temperature 1, float32 [B, L], exact, differentiable; there is
         no noise."""
         logits = self.network(batch, context).float()
-        chosen = batch.chunk_BL - self._actions.first_id
-        return torch.log_softmax(logits, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        return token_logps(logits, batch.chunk_BL - self._actions.first_id)
 
     def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
         """Mean -log-probability per token, nats."""
@@ -128,19 +132,27 @@ class AutoregressivePolicy:
 
     def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
         return stack_observations(
-            observations, self._prompts, image_size=self._image_size, device=self.device
+            observations,
+            self._prompts,
+            image_size=self._image_size,
+            cameras=self.network.cameras,
+            view=self._view,
+            device=self.device,
         )
 
 
 def decode(
-    decoder: PackedDecoder, prefix_BSD: torch.Tensor, lengths: Sequence[int], noise_LBV: torch.Tensor
+    decoder: PackedDecoder | ModuleDecoder,
+    prefix_BSD: torch.Tensor,
+    lengths: Sequence[int],
+    noise_LBV: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode one token per leading entry of `noise_LBV`, each the argmax of logits + noise over the bins.
+    """Decode one token per leading entry of `noise_LBV`, each the argmax of logits + noise over the decoder's ids.
 
-    Returns the bins int64 [L, B] (0 is the first action id) and the logits without noise float32 [L, B, V].
+    Returns them less the decoder's first id, int64 [L, B], and the logits without noise, float32 [L, B, V].
     """
     length = len(noise_LBV)
-    decoding = Decoding(decoder, prefix_BSD, lengths, length - 1)
+    decoding = decoder.start(prefix_BSD, lengths, length - 1)
     chosen, logits = [], []
     for step, noise_BV in enumerate(noise_LBV.unbind(0)):
         logits_BV = decoder.logits(decoding.hidden_BD)

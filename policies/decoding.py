@@ -100,6 +100,10 @@ class PackedDecoder:
         """Logits [B, stop_id - first_id] of the last layer's output."""
         return torch.mm(self.norm(hidden_BD), self.head)
 
+    def start(self, prefix_BSD: torch.Tensor, lengths: Sequence[int], steps: int) -> Decoding:
+        """Run the prefixes; see `Decoding`."""
+        return Decoding(self, prefix_BSD, lengths, steps)
+
 
 class Decoding:
     """Chunks being decoded: the key/value cache of B sequences, and the output of their last token."""

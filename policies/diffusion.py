@@ -19,12 +19,11 @@ from torch import nn
 
 from configs.policy import DiffusionPart
 from objectives import masked_diffusion
-from policies.action_tokens import ActionTokenizer
-from policies.observations import ObservationBatch, stack_observations
+from policies.action_tokens import ActionTokens, check_chunks, encode_chunk
+from policies.observations import ObservationBatch, Prompts, stack_observations
 from policies.openvla import OpenVLA
 from policies.prefix import PrefixCache, attention_mask, positions
 from policies.protocol import DecisionBatch, with_chunks
-from policies.text import PromptTokenizer
 from policies.weights import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
@@ -41,8 +40,8 @@ class DiffusionPolicy:
         self,
         network: OpenVLA,
         *,
-        prompts: PromptTokenizer,
-        actions: ActionTokenizer,
+        prompts: Prompts,
+        actions: ActionTokens,
         part: DiffusionPart,
         chunk: int,
         image_size: int,
@@ -98,13 +97,13 @@ class DiffusionPolicy:
 
     def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
         """Stack observations and chunks int64 [L]; ValueError for one of another length or vocabulary."""
-        self._actions.check_chunks(chunks, count=len(observations), length=self.tokens)
+        check_chunks(self._actions, chunks, count=len(observations), length=self.tokens)
         chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
         return with_chunks(self._stack(observations), chunk_BL)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
-        return self._actions.encode_chunk(actions, length=self.tokens)
+        return encode_chunk(self._actions, actions, length=self.tokens)
 
     def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
         """Projected image tokens [B, N, D]."""

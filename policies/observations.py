@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from policies.text import PromptTokenizer
 from trajectories.records import PROPRIO_DIM, Observation
+
+
+class Prompts(Protocol):
+    """Instructions to token ids."""
+
+    def stack(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts right-padded to the longest: ids int64 [B, T] and mask bool [B, T], true at real tokens."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,18 +37,24 @@ class ObservationBatch:
 
 
 def stack_observations(
-    observations: Sequence[Observation], prompts: PromptTokenizer, *, image_size: int, device: torch.device
+    observations: Sequence[Observation],
+    prompts: Prompts,
+    *,
+    image_size: int,
+    device: torch.device,
+    cameras: Literal[1, 2] = 2,
+    view: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> ObservationBatch:
-    """Raises ValueError naming the first observation whose images or proprioception do not fit."""
+    """As the network sees them: images through `view`; of a camera that it has not, one pixel.
+
+    Raises ValueError naming the first observation whose images or proprioception do not fit.
+    """
     if not observations:
         raise ValueError("a batch needs at least one observation")
+    eyes = _Eyes(image_size, cameras, view)
+    agentview = np.stack([eyes.look(seen.agentview, 0, i) for i, seen in enumerate(observations)])
+    wrist = np.stack([eyes.look(seen.wrist, 1, i) for i, seen in enumerate(observations)])
     for i, seen in enumerate(observations):
-        for name, image in (("agentview", seen.agentview), ("wrist", seen.wrist)):
-            if image.shape != (image_size, image_size, 3) or image.dtype != np.uint8:
-                raise ValueError(
-                    f"observation {i}: {name} is {image.dtype} {list(image.shape)}, "
-                    f"expected uint8 [{image_size}, {image_size}, 3]"
-                )
         if seen.proprio.shape != (PROPRIO_DIM,) or not np.isfinite(seen.proprio).all():
             raise ValueError(
                 f"observation {i}: proprio must be {PROPRIO_DIM} finite numbers, got {seen.proprio}"
@@ -48,9 +62,28 @@ def stack_observations(
     prompt, mask = prompts.stack([seen.instruction for seen in observations])
     proprio = np.stack([seen.proprio for seen in observations]).astype(np.float32)
     return ObservationBatch(
-        agentview_BHWC=torch.from_numpy(np.stack([seen.agentview for seen in observations])).to(device),
-        wrist_BHWC=torch.from_numpy(np.stack([seen.wrist for seen in observations])).to(device),
+        agentview_BHWC=torch.from_numpy(agentview).to(device),
+        wrist_BHWC=torch.from_numpy(wrist).to(device),
         proprio_BP=torch.from_numpy(proprio).to(device),
         prompt_BT=torch.from_numpy(prompt).to(device),
         prompt_mask_BT=torch.from_numpy(mask).to(device),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Eyes:
+    image_size: int
+    cameras: int
+    view: Callable[[np.ndarray], np.ndarray] | None
+
+    def look(self, image: np.ndarray, camera: int, i: int) -> np.ndarray:
+        if camera >= self.cameras:
+            return np.zeros((1, 1, 3), np.uint8)
+        image = image if self.view is None else self.view(image)
+        side = self.image_size
+        if image.shape != (side, side, 3) or image.dtype != np.uint8:
+            name = ("agentview", "wrist")[camera]
+            raise ValueError(
+                f"observation {i}: {name} is {image.dtype} {list(image.shape)}, expected uint8 [{side}, {side}, 3]"
+            )
+        return image

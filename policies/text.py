@@ -37,10 +37,14 @@ class PromptTokenizer:
 
     def stack(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts right-padded to the longest: ids int64 [B, T] and mask bool [B, T], true at real tokens."""
-        rows = [self.encode(instruction) for instruction in instructions]
-        ids = np.full((len(rows), max(map(len, rows))), self.pad_id, dtype=np.int64)
-        mask = np.zeros(ids.shape, dtype=bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-            mask[i, : len(row)] = True
-        return ids, mask
+        return stack_rows([self.encode(instruction) for instruction in instructions], self.pad_id)
+
+
+def stack_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows right-padded to the longest: ids int64 [B, T] and mask bool [B, T], true at real tokens."""
+    ids = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
+    mask = np.zeros(ids.shape, dtype=bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return ids, mask

@@ -65,6 +65,7 @@ class VisionBackbone(nn.Module):
             raise ValueError(f"vision.merge {merge} does not divide the {self.grid} x {self.grid} patch grid")
         self.towers = nn.ModuleList(towers)
         self.merge = merge
+        self.fused = len(towers) > 1
         self.width = sum(tower.width for tower in towers) * merge**2
         """Features of a merged token."""
         self.tokens = (self.grid // merge) ** 2

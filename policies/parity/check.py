@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 import torch
 
-from policies.parity import dora, flow_sde, masked_decode, openpi, preference
+from policies.parity import dora, flow_sde, masked_decode, openpi, openvla, preference
 from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output
 
 FAMILIES: dict[str, Family] = {
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "flow_sde": flow_sde.FAMILY,
     "masked_decode": masked_decode.FAMILY,
     "openpi": openpi.FAMILY,
+    "openvla": openvla.FAMILY,
     "peft_dora": dora.FAMILY,
 }
 """Name in config.json -> the family."""

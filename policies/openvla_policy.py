@@ -1,0 +1,78 @@
+"""A published OpenVLA checkpoint as a policy on LIBERO, and its own way of choosing tokens.
+
+Letters: B decisions, N image tokens, T prompt tokens, L action tokens, V the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from policies.autoregressive import AutoregressivePolicy, decode
+from policies.module_decoding import ModuleDecoder
+from policies.openvla import OpenVLA, token_logps
+from policies.openvla_actions import OpenVLAActions
+from policies.openvla_checkpoint import load_openvla
+from policies.openvla_images import libero_view
+from policies.protocol import DecisionBatch
+
+
+def openvla_policy(
+    folder: str | Path,
+    *,
+    unnorm_key: str | None = None,
+    crop: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> AutoregressivePolicy:
+    """The policy of a checkpoint folder: one action at a time, from the agentview alone.
+
+    `unnorm_key` names the data set whose statistics scale the actions, and may be left out where there is one alone;
+    `crop`: see `libero_view`. Tokens are drawn from the action tokens alone; OpenVLA's own argmax is over the whole
+    vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds an action token. Raises ValueError
+    as `load_openvla` does.
+    """
+    checkpoint = load_openvla(folder, device=device, dtype=dtype)
+    return AutoregressivePolicy(
+        checkpoint.network,
+        prompts=checkpoint.prompts,
+        actions=OpenVLAActions(checkpoint.tokens, checkpoint.statistics(unnorm_key)),
+        chunk=1,
+        image_size=checkpoint.image_size,
+        view=partial(libero_view, size=checkpoint.image_size, crop=crop),
+        decoder=ModuleDecoder,
+    )
+
+
+@torch.inference_mode()
+def greedy_over_vocabulary(
+    network: OpenVLA,
+    image_tokens_BND: torch.Tensor,
+    prompt_BT: torch.Tensor,
+    prompt_mask_BT: torch.Tensor,
+    *,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """OpenVLA's own decoding of a network without proprioception: each token the likeliest of the whole vocabulary,
+    and fed back whatever it is (`ActionTokenizer.values` clips those that are no action tokens).
+
+    Returns token ids int64 [B, L] and their logits float32 [B, L, V].
+    """
+    vocabulary = network.language_model.config.vocab_size
+    decoder = ModuleDecoder(network.language_model, first_id=0, stop_id=vocabulary)
+    prefix = network.embed(prompt_BT, image_tokens_BND)
+    lengths = (prompt_mask_BT.sum(dim=1) + prefix.shape[1] - prompt_BT.shape[1]).tolist()
+    no_noise = prefix.new_zeros(1, 1, 1).expand(length, len(prefix), vocabulary)
+    ids_LB, logits_LBV = decode(decoder, prefix, lengths, no_noise)
+    return ids_LB.T, logits_LBV.transpose(0, 1)
+
+
+def score_over_vocabulary(
+    network: OpenVLA, batch: DecisionBatch, image_tokens_BND: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-probabilities of the chunks' tokens among the whole vocabulary, float32 [B, L], differentiable: OpenVLA's
+    own. Less than a policy's `score` by what the network gives to tokens that are no actions."""
+    logits = network.language_model.lm_head(network.action_hidden(batch, image_tokens_BND))
+    return token_logps(logits.float(), batch.chunk_BL)
