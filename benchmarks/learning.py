@@ -1,9 +1,10 @@
 """Does the loop learn? One supervised start per training seed, and from each the same rollouts spent several ways.
 
     python -m benchmarks.learning [--seeds 0,1,2] [--arms sft,dpo-lora,dpo-dora] [--recipe configs/libero_object.yaml]
+    python -m benchmarks.learning --recipe configs/tiny_pi05.yaml --name tiny_pi05 --arms sft,dpo-dora
 
-Every run is `launch.py train` on the recipe with the overrides below. It writes every held-out episode to
-docs/results/learning.jsonl and the table to docs/results/learning.md. What is in that file, or has finished under
+Every run is `launch.py train` on the recipe with the overrides below, called NAME-ARM-sSEED. It writes every held-out
+episode to docs/results/NAME.jsonl and the table to docs/results/NAME.md. What is in that file, or has finished under
 runs/, is not run again, so the benchmark can be stopped and continued; remove both to measure everything anew.
 """
 
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+from configs.loader import load_recipe
 from envs.fingerprint import read_fingerprint
 from envs.significance import mcnemar, paired_difference, wilson
 from trajectories.journal import Journal, read_journal
@@ -35,13 +37,13 @@ Outcomes = dict[tuple[int, int, int], bool]
 """(task, initial state, sampling seed) -> success."""
 
 
-def run_name(arm: str, seed: int) -> str:
-    return f"learning-{arm}-s{seed}"
+def run_name(name: str, arm: str, seed: int) -> str:
+    return f"{name}-{arm}-s{seed}"
 
 
-def run_arm(recipe: Path, arm: str, seed: int, root: Path) -> None:
+def run_arm(recipe: Path, prefix: str, arm: str, seed: int, root: Path) -> None:
     """Run one arm of one training seed, unless it has finished."""
-    name = run_name(arm, seed)
+    name = run_name(prefix, arm, seed)
     if (root / name / "result.json").is_file():
         return
     command = [sys.executable, "launch.py", "train", str(recipe), f"name={name}", f"seed={seed}"]
@@ -49,7 +51,7 @@ def run_arm(recipe: Path, arm: str, seed: int, root: Path) -> None:
     if arm == START:
         command.append("rollouts.rounds=0")
     else:
-        command += [f"start={root / run_name(START, seed)}", *ARMS[arm]]
+        command += [f"start={root / run_name(prefix, START, seed)}", *ARMS[arm]]
     typer.echo(" ".join(command))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -71,8 +73,10 @@ def last_version(folder: Path) -> int:
 
 def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, Any]]:
     """Every raw held-out outcome of one version of a run; an episode that ended in a fault has none."""
+    paradigm = load_recipe(folder / "recipe.yaml").policy.paradigm
     return [
         {
+            "paradigm": paradigm,
             "arm": arm,
             "training_seed": seed,
             "suite": e["suite"],
@@ -90,17 +94,18 @@ def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, A
 
 def measure(recipe: Path, arms: Sequence[str], seeds: Sequence[int], file: Path, root: Path) -> None:
     """Run what `file` does not hold yet, seed by seed, and add each run's outcomes to it as it finishes."""
+    name = file.stem
     journal = Journal(file, fsync=True)
     held = {(row["arm"], row["training_seed"]) for row in read_journal(file)}
     for seed in seeds:
         missing = [arm for arm in arms if (arm, seed) not in held]
         if missing or (START, seed) not in held:
-            run_arm(recipe, START, seed, root)
+            run_arm(recipe, name, START, seed, root)
         if (START, seed) not in held:
-            journal.extend(rows_of(root / run_name(START, seed), START, seed, 0))
+            journal.extend(rows_of(root / run_name(name, START, seed), START, seed, 0))
         for arm in missing:
-            run_arm(recipe, arm, seed, root)
-            folder = root / run_name(arm, seed)
+            run_arm(recipe, name, arm, seed, root)
+            folder = root / run_name(name, arm, seed)
             journal.extend(rows_of(folder, arm, seed, last_version(folder)))
 
 
@@ -175,6 +180,9 @@ def main(
     recipe: Annotated[Path, typer.Option(help="recipe of every run")] = Path("configs/libero_object.yaml"),
     seeds: Annotated[str, typer.Option(help="training seeds")] = "0,1,2",
     arms: Annotated[str, typer.Option(help="arms to run")] = ",".join(ARMS),
+    name: Annotated[
+        str, typer.Option(help="of the files written, and the first part of every run's")
+    ] = "learning",
     output: Annotated[Path, typer.Option(help="folder of the table and the episodes")] = Path("docs/results"),
     report_only: Annotated[bool, typer.Option(help="write from finished runs, run nothing")] = False,
 ) -> None:
@@ -184,10 +192,10 @@ def main(
     if unknown:
         raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
     output.mkdir(parents=True, exist_ok=True)
-    file = output / "learning.jsonl"
+    file = output / f"{name}.jsonl"
     if not report_only:
         measure(recipe, chosen, numbers, file, root)
-    write_table(file, root / run_name(START, numbers[0]))
+    write_table(file, root / run_name(name, START, numbers[0]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Every paradigm learns: the supervised start, and preferences under a surrogate score."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from configs.loader import RecipeError, load_recipe
+from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
+from learners.decisions import NOISE_DRAWS, DecisionPool
+from learners.preference import PreferenceLearner
+from learners.supervised import SupervisedLearner
+from policies.protocol import Policy
+from tests.paradigms import PARADIGMS, SURROGATES, new, observations
+from trajectories.records import ActionSample, Cell, Decision, Outcome, PreferencePair, Trajectory
+
+
+def episode(policy: Policy, *, seed: int, outcome: Outcome) -> Trajectory:
+    """What the policy would have recorded on random observations."""
+    seen = observations(6, seed)
+    samples = policy.act(seen, seeds=[100 * seed + k for k in range(6)], temperature=1.0)
+    return Trajectory(
+        cell=Cell(suite="libero_goal", task_id=0, init_state=seed // 2, seed=seed),
+        decisions=tuple(
+            Decision(observation=o, sample=s, executed=2) for o, s in zip(seen, samples, strict=True)
+        ),
+        outcome=outcome,
+        env_steps=12,
+        policy_version=0,
+        policy_hash="start",
+    )
+
+
+def pairs_of(policy: Policy) -> list[PreferencePair]:
+    return [
+        PreferencePair(
+            chosen=episode(policy, seed=2 * i, outcome="success"),
+            rejected=episode(policy, seed=2 * i + 1, outcome="timeout"),
+        )
+        for i in range(3)
+    ]
+
+
+def learner_of(policy: Policy, **settings: object) -> PreferenceLearner:
+    part = PreferencePart.model_validate({"reference": "start", "preference_weight": 1.0, **settings})
+    return PreferenceLearner(
+        policy,
+        adapter=AdapterPart(rank=4, alpha=8),
+        preference=part,
+        guard=GuardPart(chosen_drop=5),
+        base_hash="start",
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_before_its_first_step_a_learner_is_undecided(name: str) -> None:
+    policy = new(name)
+    pairs = pairs_of(policy)
+    first = learner_of(policy, steps=1).update(pairs, [pair.chosen for pair in pairs], ()).history[0]
+    assert first["preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for metric in ("margin", "chosen_logratio", "rejected_logratio", "success_logratio"):
+        assert first[metric] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_a_learner_tells_chosen_from_rejected_and_the_floor_holds_it(name: str) -> None:
+    policy = new(name)
+    pairs = pairs_of(policy)
+    learner = learner_of(
+        policy, steps=40, lr=4e-3, beta=0.3, rejected_floor=0.2, credit="uniform", decisions_per_trajectory=6
+    )
+    report = learner.update(pairs, [pair.chosen for pair in pairs], ())
+    first, last = report.history[0], report.metrics
+    assert report.stopped == ""
+    assert last["preference_loss"] < 0.7 * first["preference_loss"]
+    assert last["accuracy"] > 0.9
+    assert last["success_nll"] < first["success_nll"]
+
+
+def test_a_flow_update_says_how_its_score_was_calibrated() -> None:
+    policy = new("pi0")
+    pairs = pairs_of(policy)
+    report = learner_of(policy, steps=2).update(pairs, [pair.chosen for pair in pairs], ())
+    assert report.summary()["velocity_error"] > 0
+    assert report.history[0]["success_nll"] == pytest.approx(
+        0.5, abs=0.1
+    )  # half a nat an element, by definition
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_a_kept_reference_is_of_the_same_noise_as_the_score(name: str) -> None:
+    policy = new(name)
+    learner_of(policy)
+    pool = DecisionPool(policy, start_reference=True)
+    one, other = episode(policy, seed=0, outcome="success"), episode(policy, seed=1, outcome="timeout")
+    pool.hold([one, other])
+    rows = pool.rows(other)
+    scores = [pool.score(rows, noise).detach().numpy() for noise in range(NOISE_DRAWS)]
+    for noise, score in enumerate(scores):
+        np.testing.assert_allclose(pool.reference(rows, noise).numpy(), score, atol=1e-5)
+    assert (scores[0] != scores[1]).any()
+    assert pool.noise_draws == NOISE_DRAWS
+
+
+def test_a_surrogate_has_no_recorded_reference() -> None:
+    with pytest.raises(ValueError, match=r"preference\.reference=start"):
+        DecisionPool(new("diffusion"), start_reference=False)
+    with pytest.raises(RecipeError, match=r"preference\.reference=behaviour needs recorded log-probs"):
+        load_recipe("configs/tiny_pi05.yaml", ["preference.reference=behaviour"])
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_a_supervised_start_is_learned(name: str) -> None:
+    policy = new(name)
+    rng = np.random.default_rng(0)
+    demo = replace(episode(policy, seed=3, outcome="success"), policy_version=-1, policy_hash="expert")
+    actions = np.sign(rng.normal(size=(2, 7))).astype(np.float32)
+    sample = ActionSample(actions=actions, model_chunk=actions, logps=np.zeros(0, np.float32))
+    demo = replace(demo, decisions=tuple(replace(d, sample=sample) for d in demo.decisions))
+    learner = SupervisedLearner(
+        policy,
+        SupervisedPart(steps=60, warmup_steps=5, lr=3e-3, batch_size=6, image_shift=1),
+        seed=0,
+        demos=[demo],
+    )
+    losses: list[float] = []
+    learner.fit(on_step=lambda step, metrics: losses.append(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
