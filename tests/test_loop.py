@@ -153,13 +153,13 @@ def _titled(process: psutil.Process, title: str) -> bool:
 
 
 def test_the_overlapped_schedule_collects_while_it_learns(tiny: Recipe, tmp_path: Path) -> None:
-    recipe = changed(tiny, rollouts={"rounds": 2}).model_copy(
+    recipe = changed(tiny, rollouts={"rounds": 2, "init_states_per_round": 2}).model_copy(
         update={"name": "overlapped", "root": str(tmp_path), "schedule": "overlapped"}
     )
     train(recipe)
     run = tmp_path / "overlapped"
     rollouts = episodes(run, "rollout")
-    assert Counter(e["round"] for e in rollouts) == {0: 16, 1: 16}
+    assert Counter(e["round"] for e in rollouts) == {0: 8, 1: 8}
     assert {e["policy_version"] for e in rollouts} == {0}  # round 1 did not wait for what round 0 taught
     decided = [e["version"] for e in read_journal(run / "events.jsonl") if "version" in e]
     assert decided == sorted(decided)
