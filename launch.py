@@ -55,6 +55,7 @@ def one_line_errors() -> Iterator[None]:
         ComparisonError,
         DemonstrationError,
         FingerprintError,
+        FloatingPointError,
         JournalError,
         NoExpertError,
         OSError,
@@ -118,7 +119,8 @@ def compare(
         comparison = compare_episodes(before, after, before_arm=before_arm, after_arm=after_arm)
     if comparison.warnings:
         typer.echo(f"pairloom: the stacks differ: {'; '.join(comparison.warnings)}", err=True)
-    table = Table(title=f"{before} -> {after}")
+    title = (str(path) if arm is None else arm for path, arm in ((before, before_arm), (after, after_arm)))
+    table = Table(title=" -> ".join(title))
     for column in ("task", "episodes", "before", "after", "better", "worse"):
         table.add_column(column, justify="right")
     for row in comparison.rows():

@@ -37,7 +37,7 @@ def judge(before: Mapping[Cell, bool], after: Mapping[Cell, bool], part: GuardPa
 
     Args:
         before: cell -> success of the version in force.
-        after: cell -> success of the candidate; a fault of the candidate's is a failure.
+        after: cell -> success of the candidate; an episode of the candidate's that faults or never ends is a failure.
     """
     shared = sorted(before.keys() & after.keys())
     p_worse = mcnemar_worse({c: before[c] for c in shared}, {c: after[c] for c in shared}) if shared else 1.0

@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from actors.cells import training_cells
+from actors.checks import check_policy, check_start
 from actors.demonstrations import demonstrate
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder, report_early_end
@@ -41,14 +42,13 @@ from actors.stages import (
     take_recorded,
     trial,
 )
-from configs.loader import RecipeError, load_recipe
+from configs.loader import load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
-from envs.fingerprint import differences, read_fingerprint, require_same_world
+from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
-from learners.checkpoint import verify
 from trajectories.codec import load_trajectory, save_trajectory
 
 
@@ -60,6 +60,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     another world, NoExpertError for a task that nothing can demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
+    check_policy(recipe)
     assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:
         check_start(Path(recipe.start), recipe, assets)
@@ -86,38 +87,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         raise
     finally:
         crew.dismiss()
-
-
-def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
-    """Raise RecipeError, FingerprintError or CheckpointError, naming what is wrong, unless a run of this recipe on
-    these assets can start from `source`."""
-    if not (source / "recipe.yaml").is_file():
-        raise RecipeError(
-            f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
-        )
-    if source.resolve() == (Path(recipe.root) / recipe.name).resolve():
-        raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
-    theirs = load_recipe(source / "recipe.yaml")
-    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
-    if seen:
-        raise RecipeError(
-            f"start: {source} was trained on the initial states {seen}, which are among this recipe's "
-            "tasks.held_out_init_states; hold out others"
-        )
-    here, there = (
-        r.policy.model_dump(exclude={"temperature"}) | {"image_size": r.environment.image_size}
-        for r in (recipe, theirs)
-    )
-    unlike = [
-        f"{name} is {there[name]} there and {here[name]} here" for name in here if here[name] != there[name]
-    ]
-    if unlike:
-        raise RecipeError(f"start: {source} holds another policy: {'; '.join(unlike)}; use its settings")
-    ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
-    require_same_world(
-        read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"
-    )
-    verify(source / "checkpoints" / "start")
+        folder.release()
 
 
 def synchronous(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:

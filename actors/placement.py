@@ -150,7 +150,8 @@ def wait_until_placed(actors: Sequence[Any], ask: Ask, *, deadline_s: float = PL
     """Wait until every actor has a place and has started. Raises PlacementError when that takes too long: what the
     cluster has may be in use by others."""
     started = [actor.__ray_ready__.remote() for actor in actors]
-    _, late = ray.wait(started, num_returns=len(started), timeout=deadline_s)
+    there, late = ray.wait(started, num_returns=len(started), timeout=deadline_s)
+    ray.get(there)  # one whose constructor failed says so here, not at its first use
     if late:
         unused = ray.available_resources()
         free = f"{unused.get('CPU', 0.0):g} CPUs and {unused.get('GPU', 0.0):g} GPUs"

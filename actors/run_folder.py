@@ -16,21 +16,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from configs.loader import dump_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
+from preferences.lock import FolderLock
 from trajectories.journal import Journal, read_journal
 
 log = logging.getLogger(__name__)
 
+LOCK = "run.lock"
+"""Held by the process that a run, or an evaluation of it, goes on in."""
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines when the output is not a terminal (`ray job submit`, CI)."""
 
 
 class RunFolder:
     """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/,
-    demonstrations/, result.json; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock and, where
-    a file was found damaged, quarantine/; the report's report.md, plots/ and videos/."""
+    demonstrations/, result.json, run.lock; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock
+    and, where a file was found damaged, quarantine/; the report's report.md, plots/ and videos/."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
         self.path = path
+        self._lock = lock
         self._metrics = Journal(path / "metrics.jsonl")
         self._episodes = Journal(path / "episodes.jsonl")
         self._events = Journal(path / "events.jsonl")
@@ -39,18 +43,31 @@ class RunFolder:
     def create(cls, recipe: Recipe) -> RunFolder:
         """Make the folder for a new run. An earlier run of the same name is moved aside, never overwritten.
 
-        Raises OSError when the folder cannot be written.
+        Raises FolderLockedError when that run still goes on, and OSError when the folder cannot be written.
         """
         root = Path(recipe.root).resolve()
         path = root / recipe.name
         if path.exists():
-            taken = [int(p.name.rsplit("~", 1)[1]) for p in root.glob(f"{recipe.name}~*")]
+            FolderLock(path / LOCK).release()
+            suffixes = [p.name.rsplit("~", 1)[1] for p in root.glob(f"{recipe.name}~*")]
+            taken = [int(suffix) for suffix in suffixes if suffix.isdecimal()]
             aside = root / f"{recipe.name}~{max(taken, default=0) + 1}"
             path.rename(aside)
             log.warning("%s exists; the earlier run is now %s", path, aside)
         (path / "demonstrations").mkdir(parents=True)
+        lock = FolderLock(path / LOCK)
         dump_recipe(recipe, path / "recipe.yaml")
-        return cls(path)
+        return cls(path, lock)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A finished run's folder, to add to. Raises FolderLockedError when the run still goes on."""
+        return cls(path, FolderLock(path / LOCK))
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def checkpoints(self) -> Path:

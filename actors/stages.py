@@ -234,8 +234,8 @@ def trial(
 
     before = driven if driven.version == good.version else sweep(good.version)
     tried = sweep(candidate.version)
-    # A candidate that makes episodes fault must not pass for the few that it finishes.
-    verdict = judge(before.success, tried.success | dict.fromkeys(tried.faulted, False), part)
+    # A candidate that makes episodes fault, or takes its actors down, must not pass for the few that it finishes.
+    verdict = judge(before.success, dict.fromkeys(cells, False) | tried.success, part)
     kind = "promoted" if verdict.promoted else "rolled_back"
     folder.event({"event": kind, "round": round_index, "version": candidate.version, **verdict.describe()})
     if verdict.promoted:

@@ -19,7 +19,7 @@ from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, published_cells, wilson
-from learners.checkpoint import load_checkpoint, verify
+from learners.checkpoint import CheckpointError, load_checkpoint, verify
 from policies.adapters import adapter_from_tensors
 from trajectories.codec import save_trajectory
 from trajectories.journal import read_journal
@@ -57,6 +57,8 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
 
     Raises:
         RecipeError: no such run, version or manifest.
+        CheckpointError: the weights are damaged, or are not those that the run published.
+        FolderLockedError: the run is still going on.
     """
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path} is not a run folder: it has no recipe.yaml")
@@ -68,8 +70,9 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     adapter = _adapter(path, version)
     cells = _cells(recipe, manifest)
     assets = resolve_assets(recipe.environment.assets)
-    with _crew(recipe, assets, lambda: RunFolder(path)) as (crew, folder):
-        warnings = _differences_from(path, recipe, crew, assets)
+    with _crew(recipe, assets, lambda: RunFolder.open(path)) as (crew, folder):
+        stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
+        warnings, off_protocol = _differences_from(path, stack), stack["differs_from_published"]
         crew.start_serving(
             recipe.serving,
             policy=recipe.policy,
@@ -79,6 +82,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
             num_shards=recipe.learner.parameter_shards,
         )
         published, content_hash = crew.server.publish(adapter, version=version)
+        _check_hash(path, start, version, content_hash)
         temperature = recipe.evaluation.temperature
         out = drive(
             crew,
@@ -101,6 +105,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         "success": round(out.rate, 4),
         "wilson": [round(low, 4), round(high, 4)],
         "faults": len(out.faulted),
+        "differs_from_published": off_protocol,
         "warnings": warnings,
     }
 
@@ -120,9 +125,20 @@ def _cells(recipe: Recipe, manifest: str) -> tuple[Cell, ...]:
     raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
 
 
-def _differences_from(path: Path, recipe: Recipe, crew: Crew, assets: ResolvedAssets) -> list[str]:
+def _check_hash(path: Path, start: Path, version: int, content_hash: str) -> None:
+    """Raise CheckpointError unless these are the weights that the run published under this version: another run may
+    have trained a start of the same name since."""
+    lines = [m for m in read_journal(path / "metrics.jsonl") if m["stage"] == "published"]
+    recorded = [m["hash"] for m in lines if m["version"] == version]
+    if recorded and recorded[-1] != content_hash:
+        raise CheckpointError(
+            f"version {version} of {path} hashes to {content_hash[:12]}, the run published {recorded[-1][:12]}: "
+            f"the start in {start} is not the one it began from; put that one back"
+        )
+
+
+def _differences_from(path: Path, stack: dict[str, Any]) -> list[str]:
     """One line, logged too, for each difference between a run's stack and this one."""
-    stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
     lines = differences(read_fingerprint(path), stack)
     if lines:
         log.warning("the stack differs from the run's: %s", "; ".join(lines))
@@ -158,3 +174,4 @@ def _crew(
         yield crew, folder
     finally:
         crew.dismiss()
+        folder.release()

@@ -3,8 +3,9 @@
     python -m benchmarks.broadcast [--megabytes 64] [--receivers 2] [--repeats 7] [--output FILE]
 
 One shard publishes a new version; every receiver pulls it and copies it into tensors of its own, all at once. The
-clock runs from the first pull to the last copy. The memcpy copies the same bytes once per receiver, from one warm
-buffer to another. Merging and hashing, done once by the shard, are timed apart.
+clock runs from the first pull to the last copy: transport alone, for a policy actor also checks, loads and hashes what
+it got. The memcpy copies the same bytes once per receiver, from one warm buffer to another. Hashing, done once by the
+shard, is timed apart.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TENSOR_BYTES = 4 << 20
 
 @ray.remote(num_cpus=0.1)
 class Receiver:
-    """What a policy actor does with a version: pull it, copy it in."""
+    """Pulls a version and copies it in, as a policy actor does first."""
 
     def __init__(self, shards: Sequence[Any]) -> None:
         self._shards = shards

@@ -16,6 +16,10 @@ _MUTABLE_MODEL_ARRAYS = ("body_pos", "body_quat", "site_rgba", "geom_rgba")
 """What LIBERO and robosuite change in the model itself: fixture poses and visibility (a burning stove)."""
 
 
+class SimulatorFaultError(RuntimeError):
+    """The physics diverged, or the objects find no place; the episode is lost and the environment must be reset."""
+
+
 def build_domain(task: Task) -> Any:
     """LIBERO's BDDLBaseDomain for `task`, without cameras. `prepare_libero` must have been called."""
     import libero.libero.envs.bddl_utils as bddl_utils  # only importable once prepared
@@ -102,7 +106,7 @@ class SoftReset:
             with contextlib.suppress(RandomizationError):
                 self._reset_like_new()
                 return
-        raise RuntimeError(
+        raise SimulatorFaultError(
             f"no placement without collisions in {_PLACEMENT_ATTEMPTS} attempts; use another seed"
         )
 

@@ -23,6 +23,8 @@ from envs.assets import ResolvedAssets
 PACKAGES = ("mujoco", "robosuite", "hf-libero", "bddl", "gymnasium", "numpy")
 TESTED = {"mujoco": "3.3.2", "robosuite": "1.4.0"}
 """Versions under which LIBERO draws and moves as published."""
+PUBLISHED_SETTLE_STEPS = 10
+"""No-op steps after a reset in LIBERO's protocol."""
 
 
 class FingerprintError(ValueError):
@@ -61,7 +63,8 @@ def stack_fingerprint(
 
     Returns:
         `comparable_with_published` is false, and `differs_from_published` says why, when the assets are stand-ins,
-        the geometry drawn is not the visual one, or a version is not the tested one.
+        the geometry drawn is not the visual one, the step limit or the settling steps are not the published ones, or a
+        version is not the tested one.
     """
     versions = {name: _installed(name) for name in PACKAGES}
     differs = [
@@ -73,6 +76,10 @@ def stack_fingerprint(
         differs.append("the assets are procedural stand-ins")
     if environment is not None and environment.geometry != "visual":
         differs.append("collision geometry is drawn")
+    if environment is not None and environment.max_steps is not None:
+        differs.append(f"episodes end after {environment.max_steps} steps, not at the suite's limit")
+    if environment is not None and environment.settle_steps != PUBLISHED_SETTLE_STEPS:
+        differs.append(f"{environment.settle_steps} settling steps, not {PUBLISHED_SETTLE_STEPS}")
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()}-{platform.machine()}",

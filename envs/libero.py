@@ -9,7 +9,7 @@ import numpy as np
 
 from configs.schema import EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
-from envs.domain import SoftReset, build_domain
+from envs.domain import SimulatorFaultError, SoftReset, build_domain
 from envs.libero_setup import prepare_libero
 from envs.tasks import Task, init_states, load_task
 from trajectories.records import ACTION_DIM, PROPRIO_DIM, Observation
@@ -24,10 +24,6 @@ _DIVERGED = slice(4, 8)
 
 class InvalidActionError(ValueError):
     """An action that must not reach the simulator: wrong shape, not finite, or outside [-1, 1]."""
-
-
-class SimulatorFaultError(RuntimeError):
-    """The physics diverged; the episode is lost and the environment must be reset."""
 
 
 def to_observation(obs: dict[str, np.ndarray], instruction: str) -> Observation:

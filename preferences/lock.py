@@ -33,8 +33,8 @@ class FolderLock:
             owner = os.read(self._file, 200).decode(errors="replace").strip()
             os.close(self._file)
             raise FolderLockedError(
-                f"{path.parent} is in use by {owner or 'another process'}; one process owns a store: end that one, or "
-                "choose another folder"
+                f"{path.parent} is in use by {owner or 'another process'}; one process owns it at a time: end that "
+                "one, or choose another name or folder"
             ) from error
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

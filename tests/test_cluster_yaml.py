@@ -12,6 +12,9 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from actors.placement import PlacementError, check_packs, learner_ask, rollout_ask, serving_ask
+from configs.loader import load_recipe
+
 ROOT = Path(__file__).parents[1]
 SCHEMA = Path(ray.autoscaler.__file__).parent / "ray-schema.json"
 
@@ -66,3 +69,16 @@ def test_ray_starts_in_the_repository_behind_a_token_on_loopback(cluster: dict[s
         assert command.startswith(f"cd {mount} && ")
         assert "RAY_AUTH_MODE=token .venv/bin/ray start" in command
     assert "--dashboard-host=127.0.0.1" in head
+
+
+def test_the_quoted_job_fits_the_nodes_that_are_always_up(cluster: dict[str, Any]) -> None:
+    nodes = [
+        {name: float(amount) for name, amount in kind["resources"].items()}
+        for kind in cluster["available_node_types"].values()
+        for _ in range(kind.get("min_workers", 0))
+    ]
+    recipe = load_recipe(ROOT / "configs" / "quickstart.yaml", ["rollouts.actors=16"])
+    asks = (rollout_ask(recipe.rollouts), serving_ask(recipe.serving), learner_ask(recipe.learner))
+    check_packs(asks, nodes)
+    with pytest.raises(PlacementError):
+        check_packs(asks, [])

@@ -45,6 +45,8 @@ def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
             ("collect", "configs/quickstart.yaml", "tasks.suite=libero_10"),
             "no scripted expert for libero_10 task",
         ),
+        (("train", "configs/quickstart.yaml", "policy.decoder.width=90"), "decoder.width 90"),
+        (("train", "configs/quickstart.yaml", "environment.image_size=100"), "image_size 100"),
         (("evaluate", "no/such/run"), "no/such/run"),
         (("compare", "no/such/run", "no/such/other"), "no/such/run"),
     ],

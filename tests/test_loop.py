@@ -18,19 +18,24 @@ import pytest
 import ray
 import yaml
 
-from actors.pipeline import check_start, train
+from actors.checks import check_start
+from actors.pipeline import train
 from actors.placement import connect
 from actors.rollout import RolloutActor
+from actors.run_folder import RunFolder
 from actors.verbs import evaluate_run
 from configs.loader import RecipeError, load_recipe
 from configs.schema import EnvironmentPart, Recipe
 from envs.assets import resolve_assets
 from envs.fingerprint import FingerprintError
+from learners.checkpoint import CheckpointError
+from preferences.lock import FolderLockedError
 from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import ActionSample, Cell, Observation
 
 ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "recipes" / "one_task.yaml"
 pytestmark = [pytest.mark.ray, pytest.mark.libero]
 
 
@@ -153,17 +158,30 @@ def _titled(process: psutil.Process, title: str) -> bool:
 
 
 def test_the_overlapped_schedule_collects_while_it_learns(tiny: Recipe, tmp_path: Path) -> None:
-    recipe = changed(tiny, rollouts={"rounds": 2}).model_copy(
+    recipe = changed(tiny, rollouts={"rounds": 2, "init_states_per_round": 2}).model_copy(
         update={"name": "overlapped", "root": str(tmp_path), "schedule": "overlapped"}
     )
     train(recipe)
     run = tmp_path / "overlapped"
     rollouts = episodes(run, "rollout")
-    assert Counter(e["round"] for e in rollouts) == {0: 16, 1: 16}
+    assert Counter(e["round"] for e in rollouts) == {0: 8, 1: 8}
     assert {e["policy_version"] for e in rollouts} == {0}  # round 1 did not wait for what round 0 taught
     decided = [e["version"] for e in read_journal(run / "events.jsonl") if "version" in e]
     assert decided == sorted(decided)
     assert json.loads((run / "result.json").read_text())["held_out_episodes"] == 10
+
+
+def test_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, [f"root={tmp_path}"])
+    (tmp_path / "one-task~kept").mkdir()
+    first = RunFolder.create(recipe)
+    with pytest.raises(FolderLockedError, match="one-task is in use by process"):
+        RunFolder.create(recipe)
+    with pytest.raises(FolderLockedError):
+        RunFolder.open(first.path)
+    first.release()
+    RunFolder.create(recipe).release()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one-task", "one-task~1", "one-task~kept"]
 
 
 def test_a_run_of_the_same_name_moves_the_earlier_one_aside(tiny: Recipe, tmp_path: Path) -> None:
@@ -212,8 +230,13 @@ def test_a_finished_run_can_be_evaluated_again(trained_run: Path, tmp_path: Path
     assert again["assets"] == json.loads((trained_run / "result.json").read_text())["assets"]
     assert again["warnings"] == []
     assert {cell_of(e): e["success"] for e in first} == {cell_of(e): e["success"] for e in second}
+    assert again["differs_from_published"][-1] == "episodes end after 200 steps, not at the suite's limit"
     with pytest.raises(RecipeError, match="holds no version 99"):
         evaluate_run(copy, version=99, manifest="held-out")
+    metrics = copy / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace(again["hash"], "0" * 64))
+    with pytest.raises(CheckpointError, match="is not the one it began from"):
+        evaluate_run(copy, version=0, manifest="held-out")
 
 
 @ray.remote(num_cpus=0.1)

@@ -344,6 +344,13 @@ def test_stand_ins_collision_geometry_and_other_versions_are_not_comparable(
         "environment.geometry: visual before, collision after",
     ]
     assert differences(ours, ours) == []
+    short = EnvironmentPart(geometry="visual", max_steps=160, settle_steps=0)
+    assert stack_fingerprint(assets=stand_in(tmp_path, "hub"), environment=short)[
+        "differs_from_published"
+    ] == [
+        "episodes end after 160 steps, not at the suite's limit",
+        "0 settling steps, not 10",
+    ]
 
 
 def test_other_versions_and_first_frames_are_named(tmp_path: Path) -> None:

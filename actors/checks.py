@@ -1,0 +1,57 @@
+"""What is checked of a recipe before any actor starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from configs.loader import RecipeError, load_recipe
+from configs.schema import Recipe
+from envs.assets import ResolvedAssets
+from envs.fingerprint import read_fingerprint, require_same_world
+from learners.checkpoint import verify
+from policies.make import make_policy
+
+
+def check_policy(recipe: Recipe) -> None:
+    """Raise RecipeError unless a policy can be built of the recipe's sizes; no memory is taken."""
+    try:
+        with torch.device("meta"):
+            make_policy(
+                recipe.policy, image_size=recipe.environment.image_size, seed=0, device=torch.device("meta")
+            )
+    except ValueError as error:
+        raise RecipeError(f"policy: {error}") from error
+
+
+def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
+    """Raise RecipeError, FingerprintError or CheckpointError, naming what is wrong, unless a run of this recipe on
+    these assets can start from `source`."""
+    if not (source / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
+        )
+    if source.resolve() == (Path(recipe.root) / recipe.name).resolve():
+        raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
+    theirs = load_recipe(source / "recipe.yaml")
+    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
+    if seen:
+        raise RecipeError(
+            f"start: {source} was trained on the initial states {seen}, which are among this recipe's "
+            "tasks.held_out_init_states; hold out others"
+        )
+    here, there = (
+        r.policy.model_dump(exclude={"temperature"}) | {"image_size": r.environment.image_size}
+        for r in (recipe, theirs)
+    )
+    unlike = [
+        f"{name} is {there[name]} there and {here[name]} here" for name in here if here[name] != there[name]
+    ]
+    if unlike:
+        raise RecipeError(f"start: {source} holds another policy: {'; '.join(unlike)}; use its settings")
+    ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
+    require_same_world(
+        read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"
+    )
+    verify(source / "checkpoints" / "start")
