@@ -62,6 +62,8 @@ class _Entry:
     context: torch.Tensor
     reference: torch.Tensor
     """float32 [noise draws, decisions, L]; zeros for demonstrations, which have no reference."""
+    executed: torch.Tensor
+    """float32 [decisions, L], 1 at elements of actions that were executed, else 0."""
 
 
 class DecisionPool:
@@ -94,6 +96,7 @@ class DecisionPool:
         self._batch = concatenate([e.batch for e in entries])
         self._context = torch.cat([e.context for e in entries])
         self._reference = torch.cat([e.reference for e in entries], dim=1)
+        self._executed = torch.cat([e.executed for e in entries])
         self._places = torch.cat([torch.arange(len(e.batch)) for e in entries])
         ends = np.cumsum([len(e.batch) for e in entries]).tolist()
         starts = [0, *ends[:-1]]
@@ -113,13 +116,14 @@ class DecisionPool:
 
     def score(self, rows: torch.Tensor, noise: int = 0) -> torch.Tensor:
         """Log-probabilities under the policy as it is, float32 [rows, L], differentiable; `noise` is one of the draws
-        0..noise_draws - 1."""
+        0..noise_draws - 1. Actions that were not executed, for the episode ended before them, count nothing: 0."""
         keys = noise_keys(self._places[rows], noise)
-        return self._policy.score(take(self._batch, rows), self._context[rows], noise_keys=keys)
+        logps = self._policy.score(take(self._batch, rows), self._context[rows], noise_keys=keys)
+        return logps * self._executed[rows]
 
     def reference(self, rows: torch.Tensor, noise: int = 0) -> torch.Tensor:
         """Log-probabilities under the reference, float32 [rows, L], constant; the same noise as `score`."""
-        return self._reference[noise, rows]
+        return self._reference[noise, rows] * self._executed[rows]
 
     @torch.no_grad()
     def _entry(self, trajectory: Trajectory) -> _Entry:
@@ -140,6 +144,7 @@ class DecisionPool:
             batch=replace(batch, agentview_BHWC=images, wrist_BHWC=images),
             context=context,
             reference=reference.to(batch.chunk_BL.device),
+            executed=_executed(trajectory, batch).to(batch.chunk_BL.device),
         )
 
     def _scored(
@@ -156,6 +161,13 @@ class DecisionPool:
 def noise_keys(places: torch.Tensor, noise: int) -> torch.Tensor:
     """Key of a draw of noise at each place (0, 1, ...) in a trajectory, int64, the same for every trajectory."""
     return places * NOISE_DRAWS + noise
+
+
+def _executed(trajectory: Trajectory, batch: DecisionBatch) -> torch.Tensor:
+    """1 at the elements of executed actions, float32 [decisions, L]; an action's elements lie side by side."""
+    length = batch.chunk_BL.shape[1]
+    shares = [d.executed * length // len(d.sample.actions) for d in trajectory.decisions]
+    return (torch.arange(length) < torch.tensor(shares)[:, None]).float()
 
 
 def _recorded(trajectory: Trajectory, batch: DecisionBatch) -> torch.Tensor:

@@ -55,6 +55,7 @@ class AutoregressivePolicy:
         self._image_size = image_size
         self._view = view
         self._decoder = decoder
+        self._made: tuple[tuple[tuple[int, int], ...], PackedDecoder | ModuleDecoder] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,8 +75,8 @@ class AutoregressivePolicy:
             raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        first_id, stop_id = self._actions.first_id, self._actions.stop_id
-        decoder = self._decoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
+        first_id = self._actions.first_id
+        decoder = self._packed()
         seen = self._stack(observations)
         image_tokens = self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC)
         prefix = self.network.embed(seen.prompt_BT, image_tokens, seen.proprio_BP)
@@ -129,6 +130,15 @@ class AutoregressivePolicy:
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.load_snapshot`."""
         load_snapshot(self.network, snapshot)
+
+    def _packed(self) -> PackedDecoder | ModuleDecoder:
+        """The decoder as decoding reads it, made anew only after a weight has changed: packing copies all of it."""
+        weights = tuple((id(p), p._version) for p in self.network.language_model.parameters())
+        if self._made is None or self._made[0] != weights:
+            first_id, stop_id = self._actions.first_id, self._actions.stop_id
+            decoder = self._decoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
+            self._made = (weights, decoder)
+        return self._made[1]
 
     def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
         return stack_observations(

@@ -106,6 +106,21 @@ def test_a_kept_reference_is_of_the_same_noise_as_the_score(name: str) -> None:
     assert pool.noise_draws == NOISE_DRAWS
 
 
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_actions_that_were_not_executed_count_nothing(name: str) -> None:
+    policy = new(name)
+    whole = episode(policy, seed=0, outcome="success")
+    *first, last = whole.decisions
+    ended = replace(whole, decisions=(*first, replace(last, executed=1)))
+    pool = DecisionPool(policy, start_reference=not policy.exact)
+    pool.hold([ended])
+    rows = pool.rows(ended)
+    for scores in (pool.score(rows), pool.reference(rows)):
+        assert (scores[-1, 7:] == 0).all()
+        assert (scores[-1, :7] != 0).any()
+        assert (scores[:-1] != 0).any(dim=1).all()
+
+
 def test_a_surrogate_has_no_recorded_reference() -> None:
     with pytest.raises(ValueError, match=r"preference\.reference=start"):
         DecisionPool(new("diffusion"), start_reference=False)
