@@ -8,6 +8,7 @@ yields, and that is when another episode steps.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import os
@@ -57,13 +58,15 @@ class SimulatorPool:
     async def take(self, suite: str, task_id: int) -> LiberoEnv:
         """An idle simulator of this task, or a new one, replacing an idle one of another task if need be."""
         await self._free.acquire()
-        for env in self._idle:
-            if (env.task.suite, env.task.task_id) == (suite, task_id):
-                self._idle.remove(env)
-                return env
+        tasks = [(env.task.suite, env.task.task_id) for env in self._idle]
+        if (suite, task_id) in tasks:
+            return self._idle.pop(tasks.index((suite, task_id)))
         if self._built == self._capacity:
             self._idle.pop(0).close()
             self._built -= 1
+        # A closed simulator refers to itself, and Python does not see how large its model is: left to itself it would
+        # keep hundreds of megabytes for a while.
+        gc.collect()
         try:
             env = LiberoEnv(suite=suite, task_id=task_id, environment=self._environment, assets=self._assets)
         except Exception:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes.util
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ import gymnasium.utils.env_checker
 import numpy as np
 import pytest
 
+from actors.rollout import SimulatorPool
+from configs.schema import EnvironmentPart
+from envs.assets import resolve_assets
 from envs.libero import InvalidActionError, LiberoEnv, to_observation
 from envs.tasks import init_states, load_task
 from tests.libero_driving import OBJECT_TASK, SIDE, full_state, grasp_actions, make, random_actions, same
@@ -255,3 +261,26 @@ def test_nothing_is_asked_printed_or_written_at_home(tmp_path: Path) -> None:
     assert "robosuite" not in done.stderr
     assert list(home.iterdir()) == []
     assert (tmp_path / "cache" / "libero" / "config.yaml").exists()
+
+
+def test_a_simulator_that_is_replaced_is_gone_before_the_next_is_built() -> None:
+    """Its model is large; waiting for Python's collector would add up to gigabytes in a long run."""
+    assets = resolve_assets(None)
+    environment = EnvironmentPart(image_size=SIDE, geometry="collision")
+
+    async def replace() -> None:
+        pool = SimulatorPool(capacity=1, environment=environment, assets=assets)
+        first = await pool.take(*OBJECT_TASK)
+        first.reset(seed=0, options={"init_state": 0})
+        domain = weakref.ref(first.domain)
+        pool.give_back(first)
+        del first
+        second = await pool.take(OBJECT_TASK[0], OBJECT_TASK[1] + 1)
+        assert domain() is None
+        second.close()
+
+    gc.disable()  # else it might have come by of itself
+    try:
+        asyncio.run(replace())
+    finally:
+        gc.enable()
