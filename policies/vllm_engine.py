@@ -252,8 +252,9 @@ def served_weights(
         weight = tensor.detach()
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             weight = weight[first_id:stop_id]
-        elif extra and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            weight = F.pad(weight.unflatten(0, (-1, size)), (0, 0, 0, extra)).flatten(0, 1)
+        elif extra and any(part in name for part in ("q_proj", "k_proj", "v_proj")):  # biases too
+            heads = weight.unflatten(0, (-1, size))
+            weight = F.pad(heads, (0, 0) * (heads.ndim - 2) + (0, extra)).flatten(0, 1)
             if "q_proj" in name:
                 weight = weight * (served_size / size) ** 0.5
         elif extra and name.endswith("o_proj.weight"):
