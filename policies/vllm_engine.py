@@ -139,7 +139,7 @@ class VllmEngine:
                 f"a prefix of {max(lengths)} tokens and a chunk of {self._tokens} exceed the {self._room} tokens that "
                 "vLLM was started for; serve such a policy with serving.engine=torch"
             )
-        self._follow(language_model)
+        self.follow(language_model)
         prompts = [
             EmbedsPrompt(prompt_embeds=prefix_SD[:n])
             for prefix_SD, n in zip(prefix_BSD, lengths, strict=True)
@@ -165,8 +165,11 @@ class VllmEngine:
         chosen = torch.tensor(chosen_BL, dtype=torch.int64, device=device).T
         return chosen, torch.tensor(logps_BL, dtype=torch.float32, device=device).T
 
-    def _follow(self, language_model: LlamaForCausalLM) -> None:
-        """Hand the weights over, in place, unless they are what vLLM has: the same tensors, unwritten since."""
+    def follow(self, language_model: LlamaForCausalLM) -> None:
+        """Hand its weights over to vLLM, in place, unless they are what vLLM has: the same tensors, unwritten since.
+
+        Raises TypeError while an adapter sits on the decoder.
+        """
         # Autograd counts the writes to each tensor. The model is kept too: a tensor that is alive shares no address.
         stamp = tuple((tensor.data_ptr(), tensor._version) for tensor in language_model.parameters())
         if self._loaded is not None and self._loaded[0] is language_model and self._loaded[1] == stamp:
