@@ -153,7 +153,7 @@ class PolicyServer:
             log.info("version %d makes room for version %d", dropped, version)
         snapshot = pull_snapshot(find_shards(self._shards), version)
         policy.load(snapshot)
-        # Hash what is served, not what was sent: a copy that went wrong shows here.
+        # Hash what is served, or what vLLM is handed, not what was sent: a copy that went wrong shows here.
         content_hash = weights_hash(state_tensors(policy.module))
         if content_hash != snapshot.content_hash:
             raise RuntimeError(

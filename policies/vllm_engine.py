@@ -121,6 +121,7 @@ class VllmEngine:
                 max_model_len=self._room,
                 max_num_seqs=max_batch,
                 kv_cache_memory_bytes=self._cache_bytes(language_model, max_batch),
+                gpu_memory_utilization=0.01,  # with the cache sized, only how much must be free to start
                 disable_log_stats=True,
             )
 

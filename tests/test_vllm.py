@@ -155,7 +155,7 @@ def test_two_versions_share_an_engine_in_turn(engine: VllmEngine) -> None:
 def test_weights_that_an_optimizer_moved_are_noticed(engine: VllmEngine) -> None:
     policy = make(0)
     before = act(policy, engine)
-    optimizer = torch.optim.SGD(policy.network.language_model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(policy.network.language_model.parameters(), lr=0.03)
     batch = policy.batch(observations(5), [sample.model_chunk for sample in before])
     policy.score(batch).sum().backward()
     optimizer.step()
