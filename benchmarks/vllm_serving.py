@@ -3,7 +3,7 @@
     make setup-vllm
     .venv-vllm/bin/python -m benchmarks.vllm_serving [--batches 1,8,32] [--repeats 5] [--threads 1] [--output FILE]
 
-Two sizes of policy: `tiny`, the recipes' default, and `wide`, whose decoder has thirty times the weights. A decision is
+Two sizes of policy: `tiny`, the recipes' default, and `wide`, whose decoder has 37 times the weights. A decision is
 a whole `act` at temperature 1: images, prompt and the chunk's tokens. The two engines take turns in one run, so that a
 busy machine slows both; medians are reported. They must choose the same tokens. `hand over` is what it costs to put
 another version's weights into a running vLLM, as when a fleet and a candidate are served in turn.
