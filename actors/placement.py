@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ _ROUNDING = 1e-6
 
 
 class PlacementError(RuntimeError):
-    """The recipe asks for more than the cluster has."""
+    """The recipe asks for what the cluster has not."""
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -105,7 +106,9 @@ def learner_ask(part: LearnerPart) -> Ask:
 
 
 def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerPart) -> None:
-    """Raise PlacementError when a recipe wants more than the cluster has, all in all or on one node."""
+    """Raise PlacementError when a recipe wants more than the cluster has, all in all or on one node, or a serving
+    engine that is not installed."""
+    check_engine(serving)
     asks = (rollout_ask(rollouts), serving_ask(serving), learner_ask(learner))
     gpus, cpus = sum(a.count * a.gpus for a in asks), sum(a.count * a.cpus for a in asks)
     wants = (
@@ -120,6 +123,16 @@ def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerP
                 f"lower {fields}, or add nodes"
             )
     check_packs(asks, _nodes())
+
+
+def check_engine(part: ServingPart) -> None:
+    """Raise PlacementError when the policy actors' engine is not installed here; the nodes of a cluster are taken to
+    have the same environment."""
+    if part.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise PlacementError(
+            "serving.engine=vllm needs vLLM, which is not installed here; set serving.engine=torch, or install the "
+            "extra: `make setup-vllm` for CPUs (then use .venv-vllm), `pip install '.[vllm]'` for CUDA"
+        )
 
 
 def check_packs(asks: Iterable[Ask], nodes: Sequence[Mapping[str, float]]) -> None:

@@ -2,6 +2,11 @@
 
 A request names the version it wants. An actor holds at most two versions (the fleet's and a candidate on trial), so
 an episode always ends under the weights it began with, and a canary needs no second fleet.
+
+With `serving.engine: vllm` each held version keeps its torch network, which embeds the prefixes, and they share one
+vLLM: it takes a version's decoder over, in place, when a batch asks for another version than the last
+(`benchmarks.vllm_serving` says what that costs). Two vLLMs in a process would hold twice the cache, and take each other
+down when one goes.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import torch
 from actors.parameter_server import find_shards, pull_snapshot
 from configs.policy import PolicyPart
 from configs.schema import ServingPart
+from policies.autoregressive import AutoregressivePolicy, Engine
 from policies.make import make_policy
 from policies.protocol import Policy
 from policies.weights import state_tensors
@@ -53,6 +59,8 @@ class PolicyServer:
         self._serving = serving
         self._image_size = image_size
         self._shards = list(shards)
+        self._engine: Engine | None = None
+        """What the held versions share, where that is not torch."""
         self._held: OrderedDict[int, tuple[Policy, str]] = OrderedDict()
         self._queue: asyncio.Queue[_Request] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -139,13 +147,13 @@ class PolicyServer:
             self._held.move_to_end(version)
             return self._held[version]
         if len(self._held) < HELD_VERSIONS:
-            policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device())
+            policy = self._make()
         else:
             dropped, (policy, _) = self._held.popitem(last=False)
             log.info("version %d makes room for version %d", dropped, version)
         snapshot = pull_snapshot(find_shards(self._shards), version)
         policy.load(snapshot)
-        # Hash what is served, not what was sent: a copy that went wrong shows here.
+        # Hash what is served, or what vLLM is handed, not what was sent: a copy that went wrong shows here.
         content_hash = weights_hash(state_tensors(policy.module))
         if content_hash != snapshot.content_hash:
             raise RuntimeError(
@@ -153,6 +161,26 @@ class PolicyServer:
             )
         self._held[version] = (policy, content_hash)
         return policy, content_hash
+
+    def _make(self) -> Policy:
+        """A policy to load a version into, with the recipe's engine."""
+        policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device())
+        if self._serving.engine == "vllm":
+            # vLLM is an extra, and importing it takes seconds.
+            from policies.vllm_engine import VllmEngine
+
+            assert isinstance(policy, AutoregressivePolicy)  # the recipe was checked
+            if self._engine is None:
+                network = policy.network
+                self._engine = VllmEngine(
+                    network.language_model,
+                    first_id=network.action_first_id,
+                    stop_id=network.action_stop_id,
+                    tokens=policy.tokens,
+                    max_batch=self._serving.max_batch,
+                )
+            policy.engine = self._engine
+        return policy
 
 
 def _end_process(batcher: asyncio.Task[None]) -> None:

@@ -197,6 +197,11 @@ class RolloutPart(Part):
 class ServingPart(Part):
     """The policy actors."""
 
+    engine: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="what decodes the action tokens of an autoregressive policy: torch, or vLLM (an extra: "
+        "`make setup-vllm`), which chooses the same ones",
+    )
     actors: int = Field(1, ge=1, description="policy actors")
     max_batch: int = Field(16, ge=1, description="most requests answered in one forward pass")
     max_wait_ms: float = Field(30.0, ge=0, description="longest a request waits for others")
@@ -269,5 +274,14 @@ class Recipe(Part):
             raise ValueError(
                 f"preference.reference=behaviour needs recorded log-probs, and policy.paradigm={self.policy.paradigm} "
                 "has surrogate scores only; set preference.reference=start"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Recipe:
+        if self.policy.paradigm != "autoregressive" and self.serving.engine == "vllm":
+            raise ValueError(
+                "serving.engine=vllm decodes token after token, and "
+                f"policy.paradigm={self.policy.paradigm} does not; set serving.engine=torch"
             )
         return self

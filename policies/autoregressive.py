@@ -1,15 +1,18 @@
 """The autoregressive policy: an action chunk is decoded token by token, and its log-probability is exact.
 
-The distribution is the decoder's softmax over the action tokens alone, in sampling and in scoring alike.
+The distribution is the decoder's softmax over the action tokens alone, in sampling and in scoring alike. An `Engine`
+does the decoding: torch (`TorchEngine`), or vLLM (`policies.vllm_engine`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from policies.action_tokens import ActionTokens, check_chunks, encode_chunk
 from policies.decoding import PackedDecoder
@@ -19,6 +22,68 @@ from policies.openvla import OpenVLA, token_logps
 from policies.protocol import DecisionBatch, with_chunks
 from policies.weights import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
+
+
+class Engine(Protocol):
+    """What decodes chunks of L tokens after prefixes that the network embedded, V bins told apart."""
+
+    def decode(
+        self,
+        language_model: LlamaForCausalLM,
+        prefix_BSD: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bins (ids less the first action id) int64 [L, B] and their log-probabilities float32 [L, B], at temperature
+        1 over the action tokens alone, under the weights that `language_model` has now.
+
+        Each token is the argmax of logits + temperature * `gumbel_noise` of its row's seed. The first `lengths[b]`
+        entries of row b of the prefixes are real. Raises TypeError while an adapter sits on the decoder.
+        """
+        ...
+
+
+class TorchEngine:
+    """Decodes in torch, with a decoder made anew only after a weight has changed: packing one copies all of them."""
+
+    def __init__(
+        self,
+        *,
+        first_id: int,
+        stop_id: int,
+        tokens: int,
+        decoder: type[PackedDecoder] | type[ModuleDecoder] = PackedDecoder,
+    ) -> None:
+        """Action ids `first_id`..`stop_id` - 1; a chunk is `tokens` of them."""
+        self._first_id = first_id
+        self._stop_id = stop_id
+        self._tokens = tokens
+        self._decoder = decoder
+        self._made: tuple[Any, PackedDecoder | ModuleDecoder] | None = None
+
+    def decode(
+        self,
+        language_model: LlamaForCausalLM,
+        prefix_BSD: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Engine`."""
+        stamp = tuple((tensor.data_ptr(), tensor._version) for tensor in language_model.parameters())
+        if self._made is None or self._made[0] != stamp:
+            decoder = self._decoder(language_model, first_id=self._first_id, stop_id=self._stop_id)
+            self._made = (stamp, decoder)
+        decoder = self._made[1]
+        bins = self._stop_id - self._first_id
+        noise = torch.zeros(self._tokens, len(seeds), bins)
+        if temperature > 0:
+            noise = temperature * gumbel_noise(seeds, self._tokens, bins)
+        chosen, logits = decode(decoder, prefix_BSD, lengths, noise.to(prefix_BSD.device))
+        return chosen, token_logps(logits, chosen)
 
 
 class AutoregressivePolicy:
@@ -54,8 +119,10 @@ class AutoregressivePolicy:
         self._actions = actions
         self._image_size = image_size
         self._view = view
-        self._decoder = decoder
-        self._made: tuple[tuple[tuple[int, int], ...], PackedDecoder | ModuleDecoder] | None = None
+        self.engine: Engine = TorchEngine(
+            first_id=actions.first_id, stop_id=actions.stop_id, tokens=self.tokens, decoder=decoder
+        )
+        """What decodes; another may take its place."""
 
     @property
     def device(self) -> torch.device:
@@ -75,18 +142,14 @@ class AutoregressivePolicy:
             raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        first_id = self._actions.first_id
-        decoder = self._packed()
         seen = self._stack(observations)
         image_tokens = self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC)
         prefix = self.network.embed(seen.prompt_BT, image_tokens, seen.proprio_BP)
         lengths = (seen.prompt_mask_BT.sum(dim=1) + (prefix.shape[1] - seen.prompt_BT.shape[1])).tolist()
-        noise = torch.zeros(self.tokens, len(seeds), self._actions.bins)
-        if temperature > 0:
-            noise = temperature * gumbel_noise(seeds, self.tokens, self._actions.bins)
-        chosen, logits = decode(decoder, prefix, lengths, noise.to(self.device))
-        logps = token_logps(logits, chosen)
-        chunks = (chosen + first_id).T.cpu().numpy()
+        chosen, logps = self.engine.decode(
+            self.network.language_model, prefix, lengths, seeds=seeds, temperature=temperature
+        )
+        chunks = (chosen + self._actions.first_id).T.cpu().numpy()
         rows = zip(self._actions.decode(chunks), chunks, logps.T.cpu().numpy(), strict=True)
         return [
             ActionSample(actions=actions.copy(), model_chunk=chunk.copy(), logps=logp.copy())
@@ -130,15 +193,6 @@ class AutoregressivePolicy:
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.load_snapshot`."""
         load_snapshot(self.network, snapshot)
-
-    def _packed(self) -> PackedDecoder | ModuleDecoder:
-        """The decoder as decoding reads it, made anew only after a weight has changed: packing copies all of it."""
-        weights = tuple((id(p), p._version) for p in self.network.language_model.parameters())
-        if self._made is None or self._made[0] != weights:
-            first_id, stop_id = self._actions.first_id, self._actions.stop_id
-            decoder = self._decoder(self.network.language_model, first_id=first_id, stop_id=stop_id)
-            self._made = (weights, decoder)
-        return self._made[1]
 
     def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
         return stack_observations(

@@ -176,6 +176,7 @@ def test_a_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
         ("tasks.held_out_init_states=[50]", "`tasks`: held_out_init_states must lie in 0..49, got [50]"),
         ("name=../../etc", '`name` = "../../etc": expected text (run name; outputs go to <root>/<name>/)'),
         ("name=5", "`name` = 5: expected text (run name"),
+        ("serving.engine=vlm", '`serving.engine` = "vlm": expected one of torch, vllm ('),
     ],
 )
 def test_a_wrong_override_is_one_line_with_place_value_and_expectation(
@@ -184,6 +185,12 @@ def test_a_wrong_override_is_one_line_with_place_value_and_expectation(
     text = error_of(small, override)
     assert text.startswith(f"override {override}: "), text
     assert message in text
+
+
+@pytest.mark.parametrize("paradigm", ["flow", "diffusion"])
+def test_vllm_serves_token_policies_alone(small: Path, paradigm: str) -> None:
+    overrides = (f"policy.paradigm={paradigm}", "preference.reference=start", "serving.engine=vllm")
+    assert f"policy.paradigm={paradigm} does not; set serving.engine=torch" in error_of(small, *overrides)
 
 
 @pytest.mark.parametrize(
