@@ -12,7 +12,7 @@ from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder
-from actors.stages import drive, take_fingerprint
+from actors.stages import Outcomes, drive, take_fingerprint
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import ResolvedAssets, resolve_assets
@@ -94,19 +94,25 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
             round_index=-1,
             keep=False,
         )
-    low, high = wilson(sum(out.success.values()), len(out.success))
     return {
         "run": str(path),
         "version": version,
         "hash": content_hash,
         "manifest": manifest,
         "assets": assets.kind,
+        **_rates(out),
+        "differs_from_published": off_protocol,
+        "warnings": warnings,
+    }
+
+
+def _rates(out: Outcomes) -> dict[str, Any]:
+    low, high = wilson(sum(out.success.values()), len(out.success))
+    return {
         "episodes": len(out.success),
         "success": round(out.rate, 4),
         "wilson": [round(low, 4), round(high, 4)],
         "faults": len(out.faulted),
-        "differs_from_published": off_protocol,
-        "warnings": warnings,
     }
 
 
