@@ -63,8 +63,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path} is not a run folder: it has no recipe.yaml")
     recipe = load_recipe(path / "recipe.yaml", [])
-    if version is None:
-        version = last_promoted(path)
+    version = last_promoted(path) if version is None else version
     start = Path(recipe.start) if recipe.start else path
     verify(start / "checkpoints" / "start")
     adapter = _adapter(path, version)
