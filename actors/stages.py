@@ -199,7 +199,8 @@ def publish(
             folder.checkpoints, version_name(version), tensors, {**metadata, "hash": content_hash}
         )
     ray.get(crew.store.register_version.remote(version, content_hash))
-    folder.metric("published", version=version, hash=content_hash)
+    drift = float(f"{crew.server.drift(version):.3g}")
+    folder.metric("published", version=version, hash=content_hash, merge_drift=drift)
     return Version(version=version, content_hash=content_hash, adapter=adapter)
 
 

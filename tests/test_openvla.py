@@ -676,7 +676,9 @@ def test_an_adapter_goes_on_a_checkpoint_and_is_seen_when_it_acts(folder: Path) 
     policy = openvla_policy(folder, unnorm_key=KEY)
     seen = observations(1)
     before = policy.act(seen, seeds=[0], temperature=0)[0].logps
-    adapters.attach(policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoder=policy.adapted)
+    adapters.attach(
+        policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoder=policy.adapted
+    )
     np.testing.assert_allclose(policy.act(seen, seeds=[0], temperature=0)[0].logps, before, atol=1e-4)
     with torch.no_grad():
         for name, parameter in adapters.parameters(policy.module).items():
