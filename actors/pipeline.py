@@ -26,6 +26,7 @@ from typing import Any
 import ray
 
 from actors.cells import training_cells
+from actors.checks import check_start, weight_bytes
 from actors.demonstrations import demonstrate
 from actors.placement import Crew, check_fits, connect
 from actors.run_folder import RunFolder, report_early_end
@@ -41,31 +42,33 @@ from actors.stages import (
     take_recorded,
     trial,
 )
-from configs.loader import RecipeError, load_recipe
+from configs.loader import load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
-from envs.fingerprint import differences, read_fingerprint, require_same_world
+from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
-from learners.checkpoint import verify
 from trajectories.codec import load_trajectory, save_trajectory
+from trajectories.records import Trajectory
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from start to report.
 
     Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
-    cluster is too small, RecipeError, CheckpointError or FingerprintError for a start that is missing, damaged or of
-    another world, NoExpertError for a task that nothing can demonstrate, and FileNotFoundError for missing assets.
+    cluster is too small, PublishedError for published weights that do not fit, RecipeError, CheckpointError or
+    FingerprintError for a start that is missing, damaged or of another world, NoExpertError for a task that nothing can
+    demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
+    size = weight_bytes(recipe)
     assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:
         check_start(Path(recipe.start), recipe, assets)
-    else:
+    elif recipe.demonstrated:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
-    connect()
+    connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe)
     crew = Crew()
@@ -86,38 +89,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
         raise
     finally:
         crew.dismiss()
-
-
-def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
-    """Raise RecipeError, FingerprintError or CheckpointError, naming what is wrong, unless a run of this recipe on
-    these assets can start from `source`."""
-    if not (source / "recipe.yaml").is_file():
-        raise RecipeError(
-            f"start: {source} is not a run folder (it has no recipe.yaml); name the folder of a run"
-        )
-    if source.resolve() == (Path(recipe.root) / recipe.name).resolve():
-        raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
-    theirs = load_recipe(source / "recipe.yaml")
-    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
-    if seen:
-        raise RecipeError(
-            f"start: {source} was trained on the initial states {seen}, which are among this recipe's "
-            "tasks.held_out_init_states; hold out others"
-        )
-    here, there = (
-        r.policy.model_dump(exclude={"temperature"}) | {"image_size": r.environment.image_size}
-        for r in (recipe, theirs)
-    )
-    unlike = [
-        f"{name} is {there[name]} there and {here[name]} here" for name in here if here[name] != there[name]
-    ]
-    if unlike:
-        raise RecipeError(f"start: {source} holds another policy: {'; '.join(unlike)}; use its settings")
-    ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
-    require_same_world(
-        read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"
-    )
-    verify(source / "checkpoints" / "start")
 
 
 def synchronous(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:
@@ -144,7 +115,7 @@ def overlapped(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) ->
 
 
 def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAssets) -> Version:
-    """Start the actors, train (or take up) the supervised start, and publish it as version 0."""
+    """Start the actors, train (or take up) the start, and publish it as version 0."""
     crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
     crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
     stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
@@ -165,7 +136,9 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
     )
     checkpoint = folder.checkpoints / "start"
     if recipe.start is None:
-        demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
+        demos: list[Trajectory] = []
+        if recipe.demonstrated:
+            demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
         for demo in demos:
             save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
         training = crew.learner.supervise.remote(demos, folder=str(folder.checkpoints))

@@ -139,7 +139,9 @@ class PolicyServer:
             self._held.move_to_end(version)
             return self._held[version]
         if len(self._held) < HELD_VERSIONS:
-            policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device())
+            policy = make_policy(
+                self._part, image_size=self._image_size, seed=0, device=_device(), filled=False
+            )
         else:
             dropped, (policy, _) = self._held.popitem(last=False)
             log.info("version %d makes room for version %d", dropped, version)

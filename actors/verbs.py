@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from actors.checks import weight_bytes
 from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
@@ -57,6 +58,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
 
     Raises:
         RecipeError: no such run, version or manifest.
+        PublishedError: the checkpoint that the run began with is not there any more.
     """
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path} is not a run folder: it has no recipe.yaml")
@@ -68,7 +70,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     adapter = _adapter(path, version)
     cells = _cells(recipe, manifest)
     assets = resolve_assets(recipe.environment.assets)
-    with _crew(recipe, assets, lambda: RunFolder(path)) as (crew, folder):
+    with _crew(recipe, assets, lambda: RunFolder(path), weight_bytes=weight_bytes(recipe)) as (crew, folder):
         warnings = _differences_from(path, recipe, crew, assets)
         crew.start_serving(
             recipe.serving,
@@ -90,7 +92,6 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
             round_index=-1,
             keep=False,
         )
-    low, high = wilson(sum(out.success.values()), len(out.success))
     return {
         "run": str(path),
         "version": version,
@@ -99,7 +100,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         "assets": assets.kind,
         "episodes": len(out.success),
         "success": round(out.rate, 4),
-        "wilson": [round(low, 4), round(high, 4)],
+        "wilson": [round(x, 4) for x in wilson(sum(out.success.values()), len(out.success))],
         "faults": len(out.faulted),
         "warnings": warnings,
     }
@@ -144,10 +145,10 @@ def _adapter(path: Path, version: int) -> AdapterWeights | None:
 
 @contextmanager
 def _crew(
-    recipe: Recipe, assets: ResolvedAssets, make_folder: Callable[[], RunFolder]
+    recipe: Recipe, assets: ResolvedAssets, make_folder: Callable[[], RunFolder], *, weight_bytes: int = 0
 ) -> Iterator[tuple[Crew, RunFolder]]:
     """A fleet of rollout actors and the run folder they report to."""
-    connect()
+    connect(weight_bytes=weight_bytes)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = make_folder()
     crew = Crew()

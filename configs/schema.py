@@ -83,9 +83,13 @@ class DemonstrationPart(Part):
 
 
 class SupervisedPart(Part):
-    """Supervised start: maximum likelihood on the demonstrations."""
+    """Supervised start: maximum likelihood on the demonstrations, of every weight."""
 
-    steps: int = Field(2000, ge=1, description="optimizer steps")
+    steps: int = Field(
+        2000,
+        ge=0,
+        description="optimizer steps; 0 with policy.checkpoint: the published weights are the start",
+    )
     batch_size: int = Field(32, ge=1, description="decisions per step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up steps")
@@ -124,7 +128,7 @@ class PreferencePart(Part):
     reference: Literal["behaviour", "start"] = Field(
         "behaviour",
         description="reference policy: the one that produced each trajectory (its recorded log-probs), or the "
-        "supervised start (adapter off)",
+        "supervised start or published weights (adapter off)",
     )
     preference_weight: float = Field(
         0.05,
@@ -155,6 +159,7 @@ class PreferencePart(Part):
     max_staleness: int = Field(
         2, ge=0, description="versions a trajectory may lag behind and still be learned from"
     )
+    micro_batch: int = Field(64, ge=1, description="decisions in one pass, unless a single pair needs more")
     grad_clip: float = Field(1.0, gt=0, description="gradient norm limit")
 
 
@@ -271,3 +276,22 @@ class Recipe(Part):
                 "has surrogate scores only; set preference.reference=start"
             )
         return self
+
+    @model_validator(mode="after")
+    def _start_is_known(self) -> Recipe:
+        steps, policy = self.supervised.steps, self.policy
+        if not steps and policy.checkpoint is None:
+            raise ValueError(
+                "supervised.steps=0 starts from random weights; name published ones as policy.checkpoint, or train"
+            )
+        if steps and policy.dtype == "bfloat16":
+            raise ValueError(
+                f"supervised.steps={steps} on policy.dtype=bfloat16: its resolution swallows AdamW's small steps; set "
+                "supervised.steps=0, or policy.dtype=float32"
+            )
+        return self
+
+    @property
+    def demonstrated(self) -> bool:
+        """Whether anything learns from demonstrations: the supervised start, or a term of the preference loss."""
+        return self.supervised.steps > 0 or self.preference.demo_weight > 0

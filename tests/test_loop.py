@@ -18,7 +18,8 @@ import pytest
 import ray
 import yaml
 
-from actors.pipeline import check_start, train
+from actors.checks import check_start
+from actors.pipeline import train
 from actors.placement import connect
 from actors.rollout import RolloutActor
 from actors.verbs import evaluate_run
