@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 import launch
 from configs.loader import RecipeError, load_recipe
 from configs.policy import FlowPart, PolicyPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
 from learners.preference import PreferenceLearner
+from learners.supervised import SupervisedLearner
 from policies import adapters
 from policies.diffusion import DiffusionPolicy
 from policies.flow import FlowPolicy
@@ -163,12 +165,7 @@ def test_a_flow_does_what_openpis_policy_does(kind: str, known: dict[str, Policy
 def test_pi05_reads_its_state_unless_told_not_to(known: dict[str, PolicyPart]) -> None:
     (seen,) = observations(1)
     (moved,) = observations(1, seed=9)
-    other = type(seen)(
-        agentview=seen.agentview,
-        wrist=seen.wrist,
-        proprio=moved.proprio,
-        instruction=seen.instruction,
-    )
+    other = replace(seen, proprio=moved.proprio)
     for told in (True, False):
         part = known["pi05"].model_copy(update={"flow": FlowPart(steps=4, state_in_prompt=told)})
         chunks = [s.model_chunk for s in made(part).act([seen, other], seeds=[1, 1], temperature=1.0)]
@@ -295,6 +292,23 @@ def test_published_weights_are_the_reference_and_are_learned_from(
             other.variance = policy.variance
     there, start = (p.score(batch, noise_keys=torch.arange(3)).sum() for p in (served, untrained))
     assert abs(there - trained) < 0.2 * abs(trained - start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_supervised_start_goes_on_from_published_weights(kind: str, known: dict[str, PolicyPart]) -> None:
+    policy, rng = made(known[kind]), np.random.default_rng(0)
+    demo = episode(policy, seed=0, outcome="success", length=4)
+    scripted = [
+        replace(d, sample=replace(d.sample, actions=rng.uniform(-1, 1, (CHUNKS[kind], 7))))
+        for d in demo.decisions
+    ]
+    demo = replace(demo, decisions=tuple(scripted), policy_version=-1)
+    part = SupervisedPart(steps=20, batch_size=4, lr=3e-3, warmup_steps=2)
+    learner = SupervisedLearner(policy, part, seed=0, demos=[demo])
+    losses: list[float] = []
+    learner.fit(on_step=lambda _, metrics: losses.append(metrics["loss"]))
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert all(p.grad is None for p in policy.module.parameters())
 
 
 def decided(trajectory: Trajectory) -> tuple[list[Any], list[np.ndarray]]:
