@@ -32,6 +32,7 @@ from envs.protocol import ComparisonError, compare_episodes
 from learners.checkpoint import CheckpointError
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
+from policies.published import PublishedError
 from trajectories.journal import JournalError
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
@@ -58,6 +59,7 @@ def one_line_errors() -> Iterator[None]:
         FloatingPointError,
         JournalError,
         NoExpertError,
+        PublishedError,
         OSError,
     ) as error:
         typer.echo(f"pairloom: {cause_of(error)}", err=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from configs.schema import GuardPart, RolloutPart, TaskPart
+from configs.schema import GuardPart, RolloutPart
+from configs.world import TaskPart
 from trajectories.records import Cell
 
 

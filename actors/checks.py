@@ -1,4 +1,4 @@
-"""What is checked of a recipe before any actor starts."""
+"""What is looked at before any actor starts: the recipe's policy, and the run that it starts from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
 from learners.checkpoint import verify
 from policies.make import make_policy
+from policies.published import check_published
 
 
-def check_policy(recipe: Recipe) -> None:
-    """Raise RecipeError unless a policy can be built of the recipe's sizes; no memory is taken."""
+def check_policy(recipe: Recipe) -> int:
+    """Bytes of one copy of published weights, once they are found to fit; 0 for a policy made here.
+
+    Raises PublishedError naming what is wrong with `policy.checkpoint`, and RecipeError unless a policy can be built of
+    the recipe's sizes, for which no memory is taken.
+    """
+    if recipe.policy.checkpoint is not None:
+        return check_published(recipe.policy)
     try:
         with torch.device("meta"):
             make_policy(
@@ -23,6 +30,7 @@ def check_policy(recipe: Recipe) -> None:
             )
     except ValueError as error:
         raise RecipeError(f"policy: {error}") from error
+    return 0
 
 
 def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
@@ -35,6 +43,10 @@ def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
     if source.resolve() == (Path(recipe.root) / recipe.name).resolve():
         raise RecipeError(f"start: {source} is this run's own folder; give the run another name")
     theirs = load_recipe(source / "recipe.yaml")
+    if recipe.preference.demo_weight and not any((source / "demonstrations").glob("*")):
+        raise RecipeError(
+            f"start: {source} has no demonstrations; set preference.demo_weight=0, or name another run"
+        )
     seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
     if seen:
         raise RecipeError(

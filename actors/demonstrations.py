@@ -11,7 +11,7 @@ import ray
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from actors.stages import cell_of
-from configs.schema import DemonstrationPart, TaskPart
+from configs.world import DemonstrationPart, TaskPart
 from trajectories.records import Cell, Trajectory
 
 MAX_ATTEMPTS = 5

@@ -53,16 +53,19 @@ class Learner:
         self._demos: list[Trajectory] = []
 
     def supervise(self, demos: Sequence[Trajectory], *, folder: str) -> dict[str, float]:
-        """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`."""
+        """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`; with no
+        steps, the policy as it is: published weights, of which the run then has a copy of its own."""
         self._demos = list(demos)
         part = self._supervised
-        learner = SupervisedLearner(self._policy, part, seed=self._seed, demos=self._demos)
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             if step % PROGRESS_EVERY == 0 or step == part.steps:
                 ray.get(self._monitor.report.remote("supervised", step, part.steps, metrics))
 
-        metrics = learner.fit(on_step=on_step)
+        metrics: dict[str, float] = {}
+        if part.steps:
+            learner = SupervisedLearner(self._policy, part, seed=self._seed, demos=self._demos)
+            metrics = learner.fit(on_step=on_step)
         save_checkpoint(
             folder, "start", state_tensors(self._policy.module), {"steps": part.steps, "seed": self._seed}
         )

@@ -21,7 +21,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 
 from learners.checkpoint import CheckpointReader, load_checkpoint
 from policies.adapters import adapter_from_tensors
-from policies.merging import merge
+from policies.merging import drift, merge
 from trajectories.hashing import root_hash, tensor_hash
 from trajectories.records import AdapterWeights, WeightSnapshot
 
@@ -63,12 +63,13 @@ class ShardServer:
         names = assign_shards(reader.sizes(), num_shards)[index]
         self._base: dict[str, np.ndarray] = {name: reader.tensor(name) for name in names}
         self._versions: dict[int, tuple[ray.ObjectRef, dict[str, str]]] = {}
+        self._drifts: dict[int, float] = {}
 
     def publish(self, version: int, adapter: AdapterWeights | None) -> dict[str, str]:
         """Merge the adapter into this shard's tensors, from the pristine base, as a new version.
 
-        Returns tensor name -> hash of this shard's merged tensors. Raises ValueError when the version does not rise
-        or a merged tensor is not finite.
+        Returns tensor name -> hash of this shard's merged tensors. Raises ValueError when the version does not rise,
+        or a merged tensor is not finite or computes something else than base and adapter.
         """
         if self._versions and version <= max(self._versions):
             raise ValueError(f"version must rise above {max(self._versions)}, got {version}")
@@ -77,6 +78,12 @@ class ShardServer:
     def retire(self, keep: Sequence[int]) -> None:
         """Forget every version but these; the object store frees them when the last reader lets go."""
         self._versions = {v: held for v, held in self._versions.items() if v in keep}
+        self._drifts = {v: found for v, found in self._drifts.items() if v in keep}
+
+    def drift(self, version: int) -> float:
+        """Of a version that is held; see `policies.merging.drift`."""
+        self.pull(version)
+        return self._drifts[version]
 
     def pull(self, version: int) -> tuple[list[ray.ObjectRef], dict[str, str]]:
         """The object holding this shard's tensors of a version (in a list, so that it is not copied through this
@@ -88,6 +95,7 @@ class ShardServer:
 
     def _merge(self, version: int, adapter: AdapterWeights | None) -> dict[str, str]:
         merged = merge(self._base, adapter)
+        self._drifts[version] = drift(self._base, merged, adapter)
         hashes = {name: tensor_hash(array) for name, array in merged.items()}
         self._versions[version] = (ray.put(merged), hashes)
         return hashes
@@ -177,3 +185,11 @@ class ParameterServer:
             raise _gone() from error
         hashes = {name: value for part in parts for name, value in part.items()}
         return version, root_hash(hashes)
+
+    def drift(self, version: int) -> float:
+        """The largest relative change of a layer's output that merging and rounding made in this version, over all
+        shards; see `policies.merging.drift`. Raises ParameterServerError when a shard is gone for good."""
+        try:
+            return max(ray.get([shard.drift.remote(version) for shard in self.shards]))
+        except RayActorError as error:
+            raise _gone() from error

@@ -50,23 +50,25 @@ from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
 from trajectories.codec import load_trajectory, save_trajectory
+from trajectories.records import Trajectory
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from start to report.
 
     Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
-    cluster is too small, RecipeError, CheckpointError or FingerprintError for a start that is missing, damaged or of
-    another world, NoExpertError for a task that nothing can demonstrate, and FileNotFoundError for missing assets.
+    cluster is too small, PublishedError for published weights that do not fit, RecipeError, CheckpointError or
+    FingerprintError for a start that is missing, damaged or of another world, NoExpertError for a task that nothing can
+    demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
-    check_policy(recipe)
+    size = check_policy(recipe)
     assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:
         check_start(Path(recipe.start), recipe, assets)
-    else:
+    elif recipe.demonstrated:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
-    connect()
+    connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe)
     crew = Crew()
@@ -114,7 +116,7 @@ def overlapped(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) ->
 
 
 def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAssets) -> Version:
-    """Start the actors, train (or take up) the supervised start, and publish it as version 0."""
+    """Start the actors, train (or take up) the start, and publish it as version 0."""
     crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
     crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
     stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
@@ -135,7 +137,9 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
     )
     checkpoint = folder.checkpoints / "start"
     if recipe.start is None:
-        demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
+        demos: list[Trajectory] = []
+        if recipe.demonstrated:
+            demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
         for demo in demos:
             save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
         training = crew.learner.supervise.remote(demos, folder=str(folder.checkpoints))

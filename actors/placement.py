@@ -20,7 +20,6 @@ from actors.rollout import RolloutActor
 from configs.policy import PolicyPart
 from configs.schema import (
     AdapterPart,
-    EnvironmentPart,
     GuardPart,
     LearnerPart,
     PreferencePart,
@@ -28,12 +27,16 @@ from configs.schema import (
     ServingPart,
     SupervisedPart,
 )
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets
+from policies.published import located
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 1 << 30
-"""Size of a local cluster's object store: trajectories in flight and a few weight versions."""
+"""Size of a local cluster's object store: trajectories in flight and a few weight versions of a small policy."""
+LIVE_VERSIONS = 3
+"""Merged versions in the object store at once: the one in force, the candidate, and the next before one retires."""
 
 
 PLACEMENT_DEADLINE_S = 600.0
@@ -50,8 +53,9 @@ def cause_of(error: BaseException) -> BaseException:
     return error.cause if isinstance(error, RayTaskError) else error
 
 
-def connect() -> None:
-    """Join the cluster this process was submitted to, or start a local one.
+def connect(*, weight_bytes: int = 0) -> None:
+    """Join the cluster this process was submitted to, or start a local one whose object store has room for the versions
+    of a policy of `weight_bytes` that exist at once.
 
     The working directory is not set here: under `ray job submit --working-dir .` Ray has set it, and setting it
     twice fails.
@@ -63,7 +67,7 @@ def connect() -> None:
         options |= {
             "address": "local",
             "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
+            "object_store_memory": OBJECT_STORE_BYTES + LIVE_VERSIONS * weight_bytes,
         }
     ray.init(**options)
 
@@ -227,7 +231,7 @@ class Crew:
     ) -> None:
         """Start the learner actor."""
         self.learner: Any = LearnerActor.options(num_cpus=part.cpus, num_gpus=part.gpus).remote(
-            policy=policy,
+            policy=located(policy),
             supervised=supervised,
             adapter=adapter,
             preference=preference,
@@ -266,7 +270,7 @@ class Crew:
                 num_gpus=part.gpus_per_actor,
                 max_restarts=-1,
                 max_concurrency=1000,
-            ).remote(policy=policy, serving=part, image_size=image_size, shards=self.server.names)
+            ).remote(policy=located(policy), serving=part, image_size=image_size, shards=self.server.names)
             for _ in range(part.actors)
         ]
         self._others += [*self.server.shards, *self.policies]

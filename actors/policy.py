@@ -164,7 +164,7 @@ class PolicyServer:
 
     def _make(self) -> Policy:
         """A policy to load a version into, with the recipe's engine."""
-        policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device())
+        policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device(), filled=False)
         if self._serving.engine == "vllm":
             # vLLM is an extra, and importing it takes seconds.
             from policies.vllm_engine import VllmEngine

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from configs.schema import DemonstrationPart, EnvironmentPart
+from configs.world import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets
 from envs.demonstrations import demonstrate
 from envs.fingerprint import first_frame_hash

@@ -15,7 +15,8 @@ from actors.cells import canary_cells
 from actors.parameter_server import version_name
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
-from configs.schema import EnvironmentPart, GuardPart, TaskPart
+from configs.schema import GuardPart
+from configs.world import EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets
 from envs.fingerprint import stack_fingerprint
 from learners.checkpoint import save_checkpoint
@@ -199,7 +200,8 @@ def publish(
             folder.checkpoints, version_name(version), tensors, {**metadata, "hash": content_hash}
         )
     ray.get(crew.store.register_version.remote(version, content_hash))
-    folder.metric("published", version=version, hash=content_hash)
+    drift = float(f"{crew.server.drift(version):.3g}")
+    folder.metric("published", version=version, hash=content_hash, merge_drift=drift)
     return Version(version=version, content_hash=content_hash, adapter=adapter)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from actors.checks import check_policy
 from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
@@ -59,6 +60,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         RecipeError: no such run, version or manifest.
         CheckpointError: the weights are damaged, or are not those that the run published.
         FolderLockedError: the run is still going on.
+        PublishedError: the checkpoint that the run began with is not there any more.
     """
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path} is not a run folder: it has no recipe.yaml")
@@ -69,9 +71,12 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     adapter = _adapter(path, version)
     cells = _cells(recipe, manifest)
     assets = resolve_assets(recipe.environment.assets)
-    with _crew(recipe, assets, lambda: RunFolder.open(path)) as (crew, folder):
+    with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=check_policy(recipe)) as (
+        crew,
+        folder,
+    ):
         stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
-        warnings, off_protocol = _differences_from(path, stack), stack["differs_from_published"]
+        warnings = _differences_from(path, stack)
         crew.start_serving(
             recipe.serving,
             policy=recipe.policy,
@@ -100,17 +105,16 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         "manifest": manifest,
         "assets": assets.kind,
         **_rates(out),
-        "differs_from_published": off_protocol,
+        "differs_from_published": stack["differs_from_published"],
         "warnings": warnings,
     }
 
 
 def _rates(out: Outcomes) -> dict[str, Any]:
-    low, high = wilson(sum(out.success.values()), len(out.success))
     return {
         "episodes": len(out.success),
         "success": round(out.rate, 4),
-        "wilson": [round(low, 4), round(high, 4)],
+        "wilson": [round(x, 4) for x in wilson(sum(out.success.values()), len(out.success))],
         "faults": len(out.faulted),
     }
 
@@ -165,10 +169,10 @@ def _adapter(path: Path, version: int) -> AdapterWeights | None:
 
 @contextmanager
 def _crew(
-    recipe: Recipe, assets: ResolvedAssets, make_folder: Callable[[], RunFolder]
+    recipe: Recipe, assets: ResolvedAssets, make_folder: Callable[[], RunFolder], *, weight_bytes: int = 0
 ) -> Iterator[tuple[Crew, RunFolder]]:
     """A fleet of rollout actors and the run folder they report to."""
-    connect()
+    connect(weight_bytes=weight_bytes)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = make_folder()
     crew = Crew()

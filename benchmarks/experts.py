@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
-from configs.schema import DemonstrationPart, EnvironmentPart
+from configs.world import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.demonstrations import demonstrate
 from envs.experts import EXPERT_TASKS

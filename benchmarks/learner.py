@@ -28,8 +28,8 @@ from rich.table import Table
 from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.policy import PolicyPart
 from configs.schema import AdapterPart, PreferencePart
-from learners.decisions import DecisionPool
-from learners.terms import MICRO_BATCH, Draw, Side, accumulate_gradients
+from learners.decisions import SCORE_BATCH, DecisionPool
+from learners.terms import Draw, Side, accumulate_gradients
 from policies import adapters
 from policies.make import make_policy
 from policies.protocol import Policy
@@ -106,7 +106,7 @@ class Variant:
         if recompute_reference:
             rows = torch.cat([side.rows for side in sides])
             with torch.no_grad(), adapters.disabled(self.policy.module):
-                for part in rows.split(MICRO_BATCH):
+                for part in rows.split(SCORE_BATCH):
                     self._pool.score(part)
         self._optimizer.zero_grad(set_to_none=True)
         with adapters.merged_forward(self.policy.module) if self._merged else nullcontext():

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.fingerprint import stack_fingerprint
 from envs.libero import HOLD, LiberoEnv

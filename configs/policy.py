@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.part import Part
 
@@ -37,6 +37,14 @@ class FlowPart(Part):
         description="pi0: proprioception is an expert token; pi0.5: the flow time modulates the expert's norms, and "
         "proprioception is text or absent",
     )
+    state_in_prompt: bool = Field(
+        True, description="pi0.5: tell proprioception in the prompt; openpi's pi05_libero does without"
+    )
+    delta_actions: bool = Field(
+        False,
+        description="with a checkpoint: its actions are less the state in the first six dimensions, as in openpi's "
+        "pi0_libero",
+    )
     expert_width: int = Field(64, ge=16, description="hidden size of the action expert")
     expert_mlp: int = Field(128, ge=16, description="feed-forward size of the action expert")
     steps: int = Field(10, ge=1, description="Euler steps from noise to a chunk")
@@ -59,6 +67,24 @@ class PolicyPart(Part):
         description="how action chunks are produced: token after token (OpenVLA), by flow matching (pi-0, pi-0.5), or "
         "by unmasking tokens in parallel (Discrete Diffusion VLA)",
     )
+    checkpoint: str | None = Field(
+        None,
+        description="folder with published weights, whose sizes are then the policy's (autoregressive and diffusion: "
+        "OpenVLA as on the Hub; flow: pi-0 or pi-0.5 of openpi, LeRobot or transformers); none: a small policy of the "
+        "sizes below, with random weights. An absolute path when actors run on other nodes",
+    )
+    unnorm_key: str | None = Field(
+        None,
+        description="OpenVLA checkpoints: data set whose statistics scale the actions; none: the only one",
+    )
+    norm_stats: str | None = Field(
+        None,
+        description="flow checkpoints: openpi's norm_stats.json or its folder; none: in the checkpoint's folder or its "
+        "assets",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what a checkpoint's weights are held, merged to and served in"
+    )
     vision: VisionPart = Field(default=VisionPart(), description="vision tower")
     decoder: DecoderPart = Field(default=DecoderPart(), description="language decoder")
     flow: FlowPart = Field(default=FlowPart(), description="flow matching")
@@ -70,3 +96,31 @@ class PolicyPart(Part):
         ge=0,
         description="sampling temperature of rollouts (flow: scale of the noise a chunk begins from); 0 is greedy",
     )
+
+    @model_validator(mode="after")
+    def _settings_fit_the_checkpoint(self) -> PolicyPart:
+        flow = self.flow
+        needs = {
+            "unnorm_key": self.unnorm_key is not None,
+            "norm_stats": self.norm_stats is not None,
+            "dtype": self.dtype != "float32",
+            "flow.delta_actions": flow.delta_actions,
+        }
+        plain = FlowPart()
+        has_its_own = {
+            "vision": self.vision != VisionPart(),
+            "decoder": self.decoder != DecoderPart(),
+            "bins": self.bins != PolicyPart.model_fields["bins"].default,
+            "flow.expert_width": flow.expert_width != plain.expert_width,
+            "flow.expert_mlp": flow.expert_mlp != plain.expert_mlp,
+        }
+        if self.checkpoint is None:
+            for name in (name for name, given in needs.items() if given):
+                raise ValueError(f"{name} means something with policy.checkpoint alone; leave it out")
+            return self
+        for name in (name for name, given in has_its_own.items() if given):
+            raise ValueError(f"{name} contradicts policy.checkpoint, which brings its own; leave it out")
+        unused = "unnorm_key" if self.paradigm == "flow" else "norm_stats"
+        if needs[unused]:
+            raise ValueError(f"{unused} is not for a checkpoint of paradigm {self.paradigm}; leave it out")
+        return self

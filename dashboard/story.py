@@ -33,6 +33,8 @@ def story(run: Run) -> list[str]:
     demos = sum(episode.success for episode in run.phase("demonstration"))
     if run.recipe.start is not None:
         lines.append(f"* Supervised start taken from `{run.recipe.start}`: version 0.")
+    elif not run.recipe.supervised.steps:
+        lines.append(f"* Published weights from `{run.recipe.policy.checkpoint}`: version 0.")
     elif demos:
         lines.append(f"* Supervised start on {counted(demos, 'scripted demonstration')}: version 0.")
     for index, numbers in sorted(run.rounds().items()):

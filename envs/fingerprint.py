@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets
 
 PACKAGES = ("mujoco", "robosuite", "hf-libero", "bddl", "gymnasium", "numpy")

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.domain import SimulatorFaultError, SoftReset, build_domain
 from envs.libero_setup import prepare_libero

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import TaskPart
+from configs.world import TaskPart
 from envs.fingerprint import differences, read_fingerprint, require_same_world
 from envs.significance import (
     McNemarResult,

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
+
+from policies.weights import to_array, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def save_checkpoint(
     Args:
         folder: created if need be.
         name: of the checkpoint; no separators, and no leading dot.
-        tensors: name -> array.
+        tensors: name -> array; uint16 is bfloat16 (`trajectories.bfloat16`), and written as such.
         metadata: JSON values.
 
     Raises:
@@ -58,7 +60,7 @@ def save_checkpoint(
     staging = folder / f"{_STAGING}{name}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
-        save_file({key: np.asarray(array, order="C") for key, array in tensors.items()}, staging / TENSORS)
+        save_file({key: to_tensor(np.asarray(array)) for key, array in tensors.items()}, staging / TENSORS)
         (staging / METADATA).write_text(json.dumps(dict(metadata), indent=1, sort_keys=True))
         files = {file: _flush_and_digest(staging / file) for file in (TENSORS, METADATA)}
         body = {"sequence": 1 + _highest_sequence(folder), "files": files}
@@ -77,7 +79,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, 
     """Verified tensors and metadata. Raises CheckpointError naming the file that is missing or altered."""
     path = Path(path)
     verify(path)
-    return load_file(path / TENSORS), json.loads((path / METADATA).read_text())
+    tensors = {name: to_array(tensor) for name, tensor in load_file(path / TENSORS).items()}
+    return tensors, json.loads((path / METADATA).read_text())
 
 
 def newest_valid(folder: str | Path) -> Path | None:
@@ -137,8 +140,8 @@ class CheckpointReader:
     def tensor(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own. Raises CheckpointError when there is none of that name."""
         try:
-            with safe_open(self.path / TENSORS, framework="numpy") as file:
-                return file.get_tensor(name)
+            with safe_open(self.path / TENSORS, framework="pt") as file:
+                return to_array(file.get_tensor(name))
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / TENSORS} has no tensor {name!r}: {error}") from error
 

@@ -131,7 +131,7 @@ class DecisionPool:
         rows = torch.arange(len(batch)).split(SCORE_BATCH)
         context = torch.cat([self._policy.encode_context(take(batch, part)) for part in rows])
         if trajectory.policy_version < 0:
-            reference = torch.zeros(self.noise_draws, *batch.chunk_BL.shape)
+            reference = torch.zeros(self.noise_draws, len(batch), self._policy.tokens)
         elif self._start_reference:
             with adapters.disabled(self._policy.module):
                 reference = torch.stack(

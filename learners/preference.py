@@ -96,7 +96,7 @@ class PreferenceLearner:
                 metrics={},
                 history=(),
             )
-        self._calibrate(demos or successes)
+        self._calibrate(demos or successes or [pair.chosen for pair in pairs])
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         self._pool.hold([*sides, *successes, *demos])
         self._credit = self._credits([*sides, *successes]) if pairs and part.credit == "value" else {}

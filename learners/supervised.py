@@ -80,6 +80,8 @@ class SupervisedLearner:
             metrics = self.step()
             if on_step is not None:
                 on_step(self.steps_done, metrics)
+        # Gradients of every weight would outlive this learner, and an adapter has no use for them.
+        self._optimizer.zero_grad(set_to_none=True)
         return metrics
 
     def _draw(self, count: int) -> torch.Tensor:

@@ -17,11 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from configs.schema import PreferencePart
-from learners.decisions import DecisionPool
+from learners.decisions import SCORE_BATCH, DecisionPool
 from objectives import dpo
-
-MICRO_BATCH = 64
-"""Most decisions in one forward and backward pass, where a single pair does not need more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +70,15 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
     `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected decisions at the floor.
     """
     sums = Sums()
-    for group in _groups(draw.pairs):
+    for group in _groups(draw.pairs, part.micro_batch):
         _pair_gradients(group, draw, pool, part, sums)
-    _likelihood_gradients("success_nll", part.success_weight, draw.successes, draw.noise, pool, sums)
-    _likelihood_gradients("demo_nll", part.demo_weight, draw.demos, draw.noise, pool, sums)
+    for name, weight, rows in (
+        ("success_nll", part.success_weight, draw.successes),
+        ("demo_nll", part.demo_weight, draw.demos),
+    ):
+        _likelihood_gradients(
+            name, weight, rows.split(part.micro_batch) if len(rows) else (), draw, pool, sums
+        )
     return _metrics(sums, part)
 
 
@@ -98,19 +100,19 @@ def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
             with torch.no_grad():
                 parts = [
                     pool.score(part, draw.noise) - pool.reference(part, draw.noise)
-                    for part in wanted.split(MICRO_BATCH)
+                    for part in wanted.split(SCORE_BATCH)
                 ]
             found[name] = torch.cat(parts).mean().item()
     return found
 
 
-def _groups(pairs: Sequence[tuple[Side, Side]]) -> Iterator[list[tuple[Side, Side]]]:
-    """Whole pairs, as many as fit a micro-batch: a pair's loss needs both of its sums at once."""
+def _groups(pairs: Sequence[tuple[Side, Side]], most: int) -> Iterator[list[tuple[Side, Side]]]:
+    """Whole pairs, as many as fit `most` decisions: a pair's loss needs both of its sums at once."""
     group: list[tuple[Side, Side]] = []
     size = 0
     for pair in pairs:
         rows = sum(len(side.rows) for side in pair)
-        if group and size + rows > MICRO_BATCH:
+        if group and size + rows > most:
             yield group
             group, size = [], 0
         group.append(pair)
@@ -151,14 +153,15 @@ def _pair_gradients(
 
 
 def _likelihood_gradients(
-    name: str, weight: float, rows: torch.Tensor, noise: int, pool: DecisionPool, sums: Sums
+    name: str, weight: float, parts: Sequence[torch.Tensor], draw: Draw, pool: DecisionPool, sums: Sums
 ) -> None:
-    for part in rows.split(MICRO_BATCH) if len(rows) else ():
-        logps = pool.score(part, noise)
-        (-weight * logps.sum() / (len(rows) * logps.shape[1])).backward()
+    total = sum(len(rows) for rows in parts)
+    for rows in parts:
+        logps = pool.score(rows, draw.noise)
+        (-weight * logps.sum() / (total * logps.shape[1])).backward()
         sums.add(name, -logps)
         if name == "success_nll":
-            sums.add("success_logratio", logps - pool.reference(part, noise))
+            sums.add("success_logratio", logps - pool.reference(rows, draw.noise))
 
 
 def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.Tensor:

@@ -42,8 +42,8 @@ def attach(
 
     Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.
     `seed` fixes A. The adapted layers keep their names; their weight moves to `<layer>.base_layer.weight`, so
-    read the base tensors first. Raises ValueError when no linear of a Llama decoder is found, or for a linear that
-    it does not have.
+    read the base tensors first. Its own parameters are float32 whatever the network's dtype. Raises ValueError when no
+    linear of a Llama decoder is found, or for a linear that it does not have.
     """
     unknown = sorted(set(linears) - set(LINEARS))
     if unknown or not linears:
@@ -61,7 +61,11 @@ def attach(
         inject_adapter_in_model(config, module, adapter_name=_NAME)
     if not list(adapted_layers(module)):
         raise ValueError(f"no attention or MLP linear found under {decoder}.layers; nothing to adapt")
-    trainable = {id(p) for p in parameters(module).values()}
+    own = parameters(module)
+    for parameter in own.values():
+        # AdamW's steps are below bfloat16's resolution.
+        parameter.data = parameter.data.float()
+    trainable = {id(p) for p in own.values()}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
 
@@ -123,14 +127,15 @@ def merged_forward(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _merged_weight(layer: AdaptedLinear) -> torch.Tensor:
-    """As `policies.merging.merge_tensor`, differentiable in the factors. The row norm counts as a constant in
-    the backward pass (DoRA, section 4.3)."""
+    """As `policies.merging.merge_tensor`, in float32 and cast once, differentiable in the factors. The row norm counts
+    as a constant in the backward pass (DoRA, section 4.3)."""
     factors = _factors(layer)
-    direction = layer.get_base_layer().weight + layer.scaling[_NAME] * (factors["B"] @ factors["A"])
-    if "m" not in factors:
-        return direction
-    norm = torch.linalg.vector_norm(direction.detach(), dim=1)
-    return (factors["m"] / norm)[:, None] * direction
+    base = layer.get_base_layer().weight
+    direction = base + layer.scaling[_NAME] * (factors["B"] @ factors["A"])
+    if "m" in factors:
+        norm = torch.linalg.vector_norm(direction.detach(), dim=1)
+        direction = (factors["m"] / norm)[:, None] * direction
+    return direction.to(base.dtype)
 
 
 def extract(module: torch.nn.Module, *, base_hash: str) -> AdapterWeights:

@@ -10,7 +10,7 @@ action bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSn
 
 
 class DiffusionPolicy:
-    """Meets `policies.protocol.Policy`. A chunk of K actions is L = 7 K tokens; the id after the last action's is
-    [MASK]."""
+    """Meets `policies.protocol.Policy`. A chunk of K actions is L = 7 K tokens."""
 
     module: nn.Module
     exact = False
@@ -45,12 +44,17 @@ class DiffusionPolicy:
         part: DiffusionPart,
         chunk: int,
         image_size: int,
+        mask_id: int | None = None,
+        view: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        """Raises ValueError when the network's vocabulary has no id for [MASK]."""
+        """`mask_id` is the id of [MASK]; none: the one after the last action's. `image_size` and `view` as in
+        `AutoregressivePolicy`. Raises ValueError when the network's vocabulary has no id for [MASK]."""
         vocabulary = network.language_model.config.vocab_size
-        if vocabulary <= actions.stop_id:
+        mask_id = actions.stop_id if mask_id is None else mask_id
+        if not actions.stop_id <= mask_id < vocabulary:
             raise ValueError(
-                f"the vocabulary has {vocabulary} ids, expected {actions.stop_id + 1}: [MASK] follows the actions"
+                f"the vocabulary has {vocabulary} ids, expected one for [MASK] behind the actions, from "
+                f"{actions.stop_id} on; got {mask_id}"
             )
         self.module = network
         self.network = network
@@ -59,6 +63,8 @@ class DiffusionPolicy:
         self._actions = actions
         self._part = part
         self._image_size = image_size
+        self._mask_id = mask_id
+        self._view = view
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +148,12 @@ class DiffusionPolicy:
 
     def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
         return stack_observations(
-            observations, self._prompts, image_size=self._image_size, device=self.device
+            observations,
+            self._prompts,
+            image_size=self._image_size,
+            cameras=self.network.cameras,
+            view=self._view,
+            device=self.device,
         )
 
     def _prefix(self, seen: ObservationBatch, image_tokens_BND: torch.Tensor) -> PrefixCache:
@@ -169,7 +180,8 @@ class DiffusionPolicy:
     def _logits(self, cache: PrefixCache, tokens_RL: torch.Tensor) -> torch.Tensor:
         """Logits [R, L, V] of every token of chunks given as bins, V standing for [MASK]."""
         model = self.network.language_model.model
-        embeddings = model.embed_tokens(tokens_RL + self._actions.first_id)
+        ids_RL = tokens_RL + self._actions.first_id
+        embeddings = model.embed_tokens(ids_RL.masked_fill(tokens_RL == self._actions.bins, self._mask_id))
         length, first = tokens_RL.shape[1], cache.mask_BP.shape[1]
         valid_BN = torch.cat([cache.mask_BP, cache.mask_BP.new_ones(len(cache.mask_BP), length)], dim=1)
         starts_N = torch.arange(first + length, device=valid_BN.device) == first

@@ -8,8 +8,11 @@ chunk, the tripwire, beta) means the same for every paradigm.
 What is scored and learned is the chunk as it is executed, clipped and with a closed or open gripper, not as the flow
 left it: likelihood of raw samples, which reach beyond [-1, 1] and carry a half-closed gripper, widens what they widen.
 
-Letters: B decisions, S draws of one decision, R = B S rows of a pass, K actions of a chunk, A dimensions of a padded
-action, L = 7 K elements that count, C cameras.
+A network may make more actions at once than are executed before it looks again. A chunk then keeps them all, for the
+executed ones were made beside the others, and the score counts those that were executed.
+
+Letters: B decisions, S draws of one decision, R = B S rows of a pass, H actions that the network makes at once, of
+which K <= H are executed, A dimensions of a padded action, L = 7 K elements that count, C cameras.
 """
 
 from __future__ import annotations
@@ -22,12 +25,11 @@ from torch import nn
 
 from configs.policy import FlowPart
 from objectives import flow_matching
-from policies.observations import ObservationBatch, stack_observations
-from policies.openvla import PROPRIO_MEAN, PROPRIO_STD
+from policies.flow_inputs import FlowInputs
+from policies.observations import ObservationBatch
 from policies.pi0 import Pi0Network
 from policies.prefix import PrefixCache
 from policies.protocol import DecisionBatch, with_chunks
-from policies.text import PromptTokenizer
 from policies.weights import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
@@ -42,17 +44,23 @@ class FlowPolicy:
     exact = False
     adapted = "expert"
 
-    def __init__(
-        self, network: Pi0Network, *, prompts: PromptTokenizer, part: FlowPart, chunk: int, image_size: int
-    ) -> None:
+    def __init__(self, network: Pi0Network, *, inputs: FlowInputs, part: FlowPart, chunk: int) -> None:
+        """`chunk` is K. Raises ValueError when the network makes fewer actions at once."""
+        horizon = network.config.horizon
+        if chunk > horizon:
+            raise ValueError(
+                f"policy.chunk is {chunk}, the network makes {horizon} actions at once; lower it"
+            )
         self.module = network
         self.network = network
         self.variance = 1.0
         """Squared velocity error worth half a nat; see `calibrate`."""
-        self._prompts = prompts
+        self.tokens = chunk * ACTION_DIM
+        """L, elements of a score."""
+        self._inputs = inputs
         self._part = part
         self._chunk = chunk
-        self._image_size = image_size
+        self._horizon = horizon
 
     @property
     def device(self) -> torch.device:
@@ -67,22 +75,27 @@ class FlowPolicy:
             raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
         if not temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        seen = self._stack(observations)
+        seen = self._inputs.stack(observations, self.device)
         cache = self._prefix(seen, self._image_tokens(seen))
-        shape = (self._chunk, self.network.config.action_dim)
+        shape = (self._horizon, self.network.config.action_dim)
         noise = np.stack(
             [np.random.Generator(np.random.Philox(key=s)).standard_normal(shape, np.float32) for s in seeds]
         )
-        noise_BKA = temperature * torch.from_numpy(noise).to(self.device)
-        chunks_BKA = self.network.sample(cache, noise_BKA, self._part.steps, self._state(seen))
+        noise_BHA = temperature * torch.from_numpy(noise).to(self.device)
+        chunks_BHA = self.network.sample(cache, noise_BHA, self._part.steps, self._inputs.state(seen))
+        actions_BHA = self._inputs.from_model(chunks_BHA[..., :ACTION_DIM], seen)
         return [
-            ActionSample(actions=actions, model_chunk=self.encode(actions), logps=np.zeros(0, np.float32))
-            for actions in map(executable, chunks_BKA[..., :ACTION_DIM].cpu().numpy())
+            ActionSample(
+                actions=actions[: self._chunk].copy(),
+                model_chunk=actions.reshape(-1),
+                logps=np.zeros(0, np.float32),
+            )
+            for actions in map(executable, actions_BHA.cpu().numpy())
         ]
 
     def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
-        """Stack observations and chunks float32 [L]; ValueError for one of another length or not finite."""
-        length = self._chunk * ACTION_DIM
+        """Stack observations and chunks float32 [7 H]; ValueError for one of another length or not finite."""
+        length = self._horizon * ACTION_DIM
         if len(chunks) != len(observations):
             raise ValueError(f"{len(observations)} observations need as many chunks, got {len(chunks)}")
         for i, chunk in enumerate(chunks):
@@ -90,13 +103,16 @@ class FlowPolicy:
                 raise ValueError(
                     f"chunk {i} is {chunk.dtype} {list(chunk.shape)}, expected {length} finite float32 numbers"
                 )
-        return with_chunks(self._stack(observations), torch.from_numpy(np.stack(chunks)).to(self.device))
+        seen = self._inputs.stack(observations, self.device)
+        return with_chunks(seen, torch.from_numpy(np.stack(chunks)).to(self.device))
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Actions float [K, 7] in [-1, 1] -> the same, float32 [L]."""
+        """Actions float [K, 7] in [-1, 1] -> the same, float32 [7 H], the last one repeated to the network's horizon
+        (as openpi's training data go on after an episode's end)."""
         if actions.shape != (self._chunk, ACTION_DIM):
             raise ValueError(f"a chunk is [{self._chunk}, {ACTION_DIM}] actions, got {list(actions.shape)}")
-        return actions.astype(np.float32).reshape(-1)
+        rest = np.repeat(actions[-1:], self._horizon - self._chunk, axis=0)
+        return np.concatenate([actions, rest]).astype(np.float32).reshape(-1)
 
     def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
         """Image tokens of both cameras [B, N, D]."""
@@ -138,11 +154,6 @@ class FlowPolicy:
         """Copy merged weights in; see `policies.weights.load_snapshot`."""
         load_snapshot(self.network, snapshot)
 
-    def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
-        return stack_observations(
-            observations, self._prompts, image_size=self._image_size, device=self.device
-        )
-
     def _image_tokens(self, seen: ObservationBatch) -> torch.Tensor:
         images_BCHWX = torch.stack([seen.agentview_BHWC, seen.wrist_BHWC], dim=1)
         pixels = images_BCHWX.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
@@ -151,27 +162,10 @@ class FlowPolicy:
     def _prefix(self, seen: ObservationBatch, image_tokens_BND: torch.Tensor) -> PrefixCache:
         tokens_BCID = image_tokens_BND.unflatten(1, (2, -1))
         cameras_BC = torch.ones(tokens_BCID.shape[:2], dtype=torch.bool, device=self.device)
-        prompt, mask = seen.prompt_BT, seen.prompt_mask_BT
-        if self.network.config.adaptive:
-            words = self._prompts.size + self._bins(seen)
-            prompt, mask = (
-                torch.cat([words, prompt], dim=1),
-                torch.cat([torch.ones_like(words).bool(), mask], dim=1),
-            )
-        return self.network.encode_prefix(self.network.join_prefix(tokens_BCID, cameras_BC, prompt, mask))
-
-    def _state(self, seen: ObservationBatch) -> torch.Tensor | None:
-        """Standardised proprioception [B, 8], for pi-0."""
-        if self.network.config.adaptive:
-            return None
-        mean, std = (torch.tensor(v, device=self.device) for v in (PROPRIO_MEAN, PROPRIO_STD))
-        return (seen.proprio_BP - mean) / std
-
-    def _bins(self, seen: ObservationBatch) -> torch.Tensor:
-        """Proprioception as pi-0.5 reads it: each number one of STATE_BINS words, int64 [B, 8]."""
-        mean, std = (torch.tensor(v, device=self.device) for v in (PROPRIO_MEAN, PROPRIO_STD))
-        unit = ((seen.proprio_BP - mean) / (STATE_REACH * std)).clamp(-1, 1)
-        return ((unit + 1) / 2 * STATE_BINS).long().clamp(max=STATE_BINS - 1)
+        prompt_BT, mask_BT = self._inputs.prompt(seen)
+        return self.network.encode_prefix(
+            self.network.join_prefix(tokens_BCID, cameras_BC, prompt_BT, mask_BT)
+        )
 
     def _errors(
         self,
@@ -182,29 +176,32 @@ class FlowPolicy:
         draws: int,
         density: flow_matching.TimeDensity = "uniform",
     ) -> torch.Tensor:
-        """Squared velocity errors [B, S, K, A], padding included."""
+        """Squared velocity errors of what is executed, [B, S, K, A], padding included."""
         if context is None:
             context = self._image_tokens(batch)
-        actions_BKA = batch.chunk_BL.unflatten(1, (self._chunk, ACTION_DIM))
-        clean_BKA = nn.functional.pad(actions_BKA, (0, self.network.config.action_dim - ACTION_DIM))
+        actions_BHA = batch.chunk_BL.unflatten(1, (self._horizon, ACTION_DIM))
+        clean_BHA = nn.functional.pad(
+            self._inputs.to_model(actions_BHA, batch), (0, self.network.config.action_dim - ACTION_DIM)
+        )
         drawn = flow_matching.draw(
             noise_keys.tolist(),
             draws=draws,
-            shape=(self._chunk, self.network.config.action_dim),
+            shape=(self._horizon, self.network.config.action_dim),
             density=density,
         )
         drawn = flow_matching.FlowDraws(
             times_BS=drawn.times_BS.to(self.device), noise_BSKA=drawn.noise_BSKA.to(self.device)
         )
-        noisy_BSKA = flow_matching.noisy_chunks(clean_BKA, drawn)
-        velocity_RKA = self.network.velocity(
+        noisy_BSHA = flow_matching.noisy_chunks(clean_BHA, drawn)
+        velocity_RHA = self.network.velocity(
             self._prefix(batch, context).repeat(draws),
-            noisy_BSKA.flatten(0, 1),
+            noisy_BSHA.flatten(0, 1),
             drawn.times_BS.flatten(),
-            self._state(batch),
+            self._inputs.state(batch),
         )
-        target_BSKA = drawn.noise_BSKA - clean_BKA[:, None]
-        return (velocity_RKA.unflatten(0, (len(batch), draws)) - target_BSKA).square()
+        target_BSHA = drawn.noise_BSKA - clean_BHA[:, None]
+        errors_BSHA = (velocity_RHA.unflatten(0, (len(batch), draws)) - target_BSHA).square()
+        return errors_BSHA[:, :, : self._chunk]
 
 
 def executable(chunk: np.ndarray) -> np.ndarray:
@@ -212,9 +209,3 @@ def executable(chunk: np.ndarray) -> np.ndarray:
     actions = np.clip(chunk, -1, 1).astype(np.float32)
     actions[:, GRIPPER] = np.where(chunk[:, GRIPPER] > 0, 1, -1)
     return actions
-
-
-STATE_BINS = 256
-"""Words that proprioception is told in, after those of the prompts."""
-STATE_REACH = 3.0
-"""Standard deviations of proprioception that the words cover."""

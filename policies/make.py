@@ -8,21 +8,30 @@ from configs.policy import PolicyPart
 from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy
 from policies.diffusion import DiffusionPolicy
-from policies.flow import STATE_BINS, FlowPolicy
+from policies.flow import FlowPolicy
+from policies.flow_inputs import STATE_BINS, PlainInputs
 from policies.openvla import OpenVLA, llama
 from policies.pi0 import Pi0Network
 from policies.pi0_sizes import Pi0Config, StreamSize, VisionSize
 from policies.protocol import Policy
+from policies.published import published_policy
 from policies.text import PromptTokenizer
 from policies.vision import SiglipTower, VisionBackbone
 from trajectories.records import PROPRIO_DIM
 
 
-def make_policy(part: PolicyPart, *, image_size: int, seed: int, device: torch.device) -> Policy:
-    """A policy with random weights fixed by `seed` (torch's own generator is left as it was).
+def make_policy(
+    part: PolicyPart, *, image_size: int, seed: int, device: torch.device, filled: bool = True
+) -> Policy:
+    """The policy of `part.checkpoint`, or one with random weights fixed by `seed` (torch's own generator is left as it
+    was). With a checkpoint `image_size`, of LIBERO's cameras, may be any; not `filled`, its weights are not read, for a
+    snapshot will fill them.
 
-    Raises ValueError naming the setting when sizes do not fit together.
+    Raises ValueError naming the setting when sizes do not fit together, and PublishedError for a checkpoint that does
+    not do.
     """
+    if part.checkpoint is not None:
+        return published_policy(part, device=device, filled=filled)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         match part.paradigm:
@@ -85,7 +94,13 @@ def make_flow(part: PolicyPart, *, image_size: int, device: torch.device) -> Flo
         state_dim=PROPRIO_DIM,
     )
     network = Pi0Network(config).to(device).eval()
-    return FlowPolicy(network, prompts=prompts, part=part.flow, chunk=part.chunk, image_size=image_size)
+    inputs = PlainInputs(
+        prompts,
+        image_size=image_size,
+        adaptive=config.adaptive,
+        state_in_prompt=part.flow.state_in_prompt,
+    )
+    return FlowPolicy(network, inputs=inputs, part=part.flow, chunk=part.chunk)
 
 
 def _openvla(

@@ -12,9 +12,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.records import AdapterWeights
 
 _FACTORS = {"lora": {"A", "B"}, "dora": {"A", "B", "m"}}
+DRIFT_LIMIT = 0.02
+"""Most that a merge may change what base and adapter compute. Rounding to bfloat16 costs 0.002, float32 1e-6."""
+_PROBES = 4
 
 
 def merge_tensor(
@@ -34,14 +38,14 @@ def merge_tensor(
         )
     # A non-finite result is reported below, by name; NumPy's own warnings would say less.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        direction = base.astype(np.float32) + np.float32(scaling) * (up @ down).astype(np.float32)
+        direction = widen(base) + np.float32(scaling) * (up @ down).astype(np.float32)
         if "m" in factors:
             magnitude = factors["m"]
             if magnitude.shape != base.shape[:1]:
                 raise ValueError(f"cannot merge into {name}: m {magnitude.shape}, expected {base.shape[:1]}")
             direction = (magnitude / np.linalg.norm(direction, axis=1))[:, None] * direction
-        merged = direction.astype(base.dtype)
-    bad = merged.size - int(np.isfinite(merged).sum())
+        merged = narrow(direction, base.dtype)
+    bad = merged.size - int(is_finite(merged).sum())
     if bad:
         raise ValueError(
             f"merging gives {bad} non-finite of {merged.size} values in {name}; the adapter is damaged: "
@@ -70,3 +74,44 @@ def merge(base: Mapping[str, np.ndarray], adapter: AdapterWeights | None) -> dic
         if name in base:
             merged[name] = merge_tensor(name, base[name], factors, scaling=adapter.scaling)
     return merged
+
+
+def drift(
+    base: Mapping[str, np.ndarray], merged: Mapping[str, np.ndarray], adapter: AdapterWeights | None
+) -> float:
+    """How far merged weights compute something else than base and adapter side by side: over those of the adapter's
+    layers that `base` holds, the largest |W'x - y| / |y| on random inputs x, y = W x + s B (A x) in float64 (DoRA:
+    scaled by m / ||V||). 0 without an adapter.
+
+    Raises ValueError naming the layer whose drift is above DRIFT_LIMIT.
+    """
+    largest = 0.0
+    for layer, factors in adapter.factors.items() if adapter is not None else ():
+        name = f"{layer}.weight"
+        if adapter is None or name not in base:
+            continue
+        found = _layer_drift(base[name], merged[name], factors, adapter.scaling)
+        if not found <= DRIFT_LIMIT:
+            raise ValueError(
+                f"merged {name} gives outputs that are {found:.2g} from those of base and adapter, limit "
+                f"{DRIFT_LIMIT}; keep serving the last good version"
+            )
+        largest = max(largest, found)
+    return largest
+
+
+def _layer_drift(
+    base: np.ndarray, merged: np.ndarray, factors: Mapping[str, np.ndarray], scaling: float
+) -> float:
+    down, up = factors["A"].astype(np.float64), factors["B"].astype(np.float64)
+    inputs = np.random.default_rng(0).standard_normal((base.shape[1], _PROBES), dtype=np.float32)
+    weight = widen(base)
+    expected = weight @ inputs + scaling * (up @ (down @ inputs))
+    if "m" in factors:
+        # ||V||^2 from the factors, so that V = W + s B A is not built a second time as the merge built it.
+        squares = np.einsum("oi,oi->o", weight, weight, dtype=np.float64)
+        squares += 2 * scaling * np.einsum("or,or->o", weight @ down.T.astype(np.float32), up)
+        squares += scaling**2 * np.einsum("or,rs,os->o", up, down @ down.T, up)
+        expected *= (factors["m"] / np.sqrt(squares))[:, None]
+    difference = np.linalg.norm(widen(merged) @ inputs - expected)
+    return float(difference / max(np.linalg.norm(expected), np.finfo(np.float64).tiny))

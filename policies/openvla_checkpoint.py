@@ -7,7 +7,6 @@ dataset_statistics.json. preprocessor_config.json, where there is one, has the p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +20,51 @@ from policies.openvla import OpenVLA
 from policies.openvla_actions import ActionStatistics, action_statistics
 from policies.openvla_layout import OpenVLALayout, openvla_layout
 from policies.openvla_prompts import LlamaPrompts
+from policies.weight_files import CONFIG, DTYPES, and_more, read_json, refuse_integers, refuse_quantised
 
-CONFIG, TOKENIZER, PREPROCESSOR = "config.json", "tokenizer.json", "preprocessor_config.json"
+TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 STATISTICS = "dataset_statistics.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""safetensors' names of what weights may be stored in."""
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenVLAFolder:
+    """A checkpoint on the disk, found to be whole: everything but the numbers themselves."""
+
+    folder: Path
+    layout: OpenVLALayout
+    prompts: LlamaPrompts
+    norm_stats: Mapping[str, Any]
+    """Data set -> its statistics."""
+    files: tuple[str, ...]
+    """Those that hold the tensors."""
+    dtype: torch.dtype
+    """What the weights are stored in."""
+
+    @property
+    def image_size(self) -> int:
+        """Rows and columns of the images that the network sees."""
+        return self.layout.towers[0].img_size
+
+    def statistics(self, unnorm_key: str | None = None) -> ActionStatistics:
+        """Of one data set; without a key, of the only one. ValueError for an unknown key, with its nearest."""
+        return action_statistics(self.norm_stats, unnorm_key, where=str(self.folder))
+
+    def network(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, filled: bool = True
+    ) -> OpenVLA:
+        """The network in eval mode, without a dtype in the one its weights are stored in; not `filled`, with memory
+        for the weights alone, for a snapshot to fill.
+
+        Tensors are copied in one by one, one file open at a time: memory holds the network and the tensor at hand.
+        Raises ValueError on reaching one that is not finite.
+        """
+        network = self.layout.allocate(device=torch.device(device), dtype=dtype or self.dtype)
+        if filled:
+            fill(network, _tensors(self.folder, self.files))
+        return network
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,47 +82,57 @@ class OpenVLACheckpoint:
     """Data set -> its statistics."""
 
     def statistics(self, unnorm_key: str | None = None) -> ActionStatistics:
-        """Of one data set; without a key, of the only one. ValueError for an unknown key, with its nearest."""
+        """As `OpenVLAFolder.statistics`."""
         return action_statistics(self.norm_stats, unnorm_key, where=str(self.folder))
 
 
-def load_openvla(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> OpenVLACheckpoint:
-    """Read a checkpoint folder; without a dtype in the one its weights are stored in.
+def open_openvla(folder: str | Path) -> OpenVLAFolder:
+    """Look a checkpoint folder through without reading its weights.
 
-    Tensors are copied into the network one by one, one file open at a time: memory holds the network and the tensor
-    at hand. Raises ValueError in one line for a file that is missing or broken, a layout that is not OpenVLA's, a
-    tensor that is missing, extra or mis-shaped (the first, and how many more), another tokenizer, or no statistics.
+    Raises ValueError in one line for a file that is missing or broken, quantised weights, a layout that is not
+    OpenVLA's, a tensor that is missing, extra or mis-shaped (the first, and how many more), another tokenizer, or no
+    statistics.
     """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    refuse_quantised(config, where=str(folder / CONFIG))
     layout = openvla_layout(config, where=str(folder / CONFIG))
     if (folder / PREPROCESSOR).is_file():
         layout = _with_pixels(layout, folder / PREPROCESSOR)
     norm_stats = _norm_stats(folder, config)
-    tokens = layout.actions
     prompts = LlamaPrompts(
         folder / TOKENIZER,
         vocab_size=layout.vocab_size,
-        action_first_id=tokens.first_id,
+        action_first_id=layout.actions.first_id,
         bos_id=layout.bos_id,
         pad_id=layout.pad_id,
     )
     files = _tensor_files(folder)
     shapes, dtypes = _headers(folder, files)
     check_tensors(layout, shapes, where=str(folder))
-    network = layout.allocate(
-        device=torch.device(device), dtype=dtype or dtypes["language_model.lm_head.weight"]
-    )
-    fill(network, _tensors(folder, files))
-    return OpenVLACheckpoint(
+    return OpenVLAFolder(
         folder=folder,
-        network=network,
+        layout=layout,
         prompts=prompts,
-        tokens=tokens,
-        image_size=layout.towers[0].img_size,
         norm_stats=norm_stats,
+        files=tuple(files),
+        dtype=dtypes["language_model.lm_head.weight"],
+    )
+
+
+def load_openvla(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> OpenVLACheckpoint:
+    """Read a checkpoint folder; without a dtype in the one its weights are stored in. Raises ValueError as
+    `open_openvla` and `OpenVLAFolder.network` do."""
+    found = open_openvla(folder)
+    return OpenVLACheckpoint(
+        folder=found.folder,
+        network=found.network(device=device, dtype=dtype),
+        prompts=found.prompts,
+        tokens=found.layout.actions,
+        image_size=found.image_size,
+        norm_stats=found.norm_stats,
     )
 
 
@@ -97,44 +143,31 @@ def check_tensors(layout: OpenVLALayout, shapes: Mapping[str, Shape], *, where: 
     extra = [name for name in shapes if name not in expected]
     other = [name for name in expected if name in shapes and shapes[name] != expected[name]]
     if missing:
-        raise ValueError(f"{where} lacks the tensor {missing[0]}{_more(missing)}")
+        raise ValueError(f"{where} lacks the tensor {missing[0]}{and_more(missing)}")
     if extra:
-        raise ValueError(f"{where} has the tensor {extra[0]}, which OpenVLA's layout lacks{_more(extra)}")
+        raise ValueError(f"{where} has the tensor {extra[0]}, which OpenVLA's layout lacks{and_more(extra)}")
     if other:
         name = other[0]
         raise ValueError(
-            f"{where}: {name} has shape {list(shapes[name])}, expected {list(expected[name])}{_more(other)}"
+            f"{where}: {name} has shape {list(shapes[name])}, expected {list(expected[name])}{and_more(other)}"
         )
 
 
 @torch.no_grad()
 def fill(network: OpenVLA, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy tensors into the network, in its dtype and on its device, as they come."""
+    """Copy tensors into the network, in its dtype and on its device, as they come. ValueError for one that is not
+    finite."""
     own = network.state_dict()
     for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has {int((~tensor.isfinite()).sum())} non-finite values")
         own[name].copy_(tensor)
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} has no {file.name}; expected a checkpoint folder as on the Hub")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
-    return value
 
 
 def _norm_stats(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A fine-tuned checkpoint's own statistics come before those that its config.json inherited."""
     file = folder / STATISTICS
-    stats = _read_json(file) if file.is_file() else config.get("norm_stats")
+    stats = read_json(file) if file.is_file() else config.get("norm_stats")
     if not isinstance(stats, Mapping) or not stats:
         raise ValueError(
             f"{folder} has no action statistics: neither {STATISTICS} nor norm_stats in {CONFIG}; its actions could "
@@ -145,7 +178,7 @@ def _norm_stats(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _with_pixels(layout: OpenVLALayout, file: Path) -> OpenVLALayout:
     """The normalisation that the checkpoint was published with: bfloat16's roundings of ImageNet's, for one."""
-    processor = _read_json(file)
+    processor = read_json(file)
     rows: dict[str, Any] = {name: processor.get(name) for name in ("means", "stds")}
     for name, values in rows.items():
         lists = values if isinstance(values, list) else []
@@ -167,7 +200,7 @@ def _is_colour(row: Any) -> bool:
 def _tensor_files(folder: Path) -> dict[str, list[str] | None]:
     """File -> the tensors that the index says it has; one file alone has no index."""
     if (folder / INDEX).is_file():
-        places = _read_json(folder / INDEX).get("weight_map")
+        places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{folder / INDEX} has no weight_map, expected tensor -> file")
         for file in places.values():
@@ -193,13 +226,10 @@ def _headers(
             held = list(tensors.keys())
             if listed is not None and set(held) != set(listed):
                 odd = sorted(set(held) ^ set(listed))
-                raise ValueError(f"{folder / file} and {INDEX} disagree about {odd[0]}{_more(odd)}")
+                raise ValueError(f"{folder / file} and {INDEX} disagree about {odd[0]}{and_more(odd)}")
             for name in held:
                 part = tensors.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{folder / file}: {name} is stored as {part.get_dtype()}, expected one of {', '.join(DTYPES)}"
-                    )
+                refuse_integers(name, part.get_dtype(), where=str(folder / file))
                 shapes[name] = tuple(part.get_shape())
                 dtypes[name] = DTYPES[part.get_dtype()]
     return shapes, dtypes

@@ -1,4 +1,5 @@
-"""A published OpenVLA checkpoint as a policy on LIBERO, and its own way of choosing tokens.
+"""A published OpenVLA checkpoint as a policy on LIBERO, token by token or by unmasking, and its own way of choosing
+tokens.
 
 Letters: B decisions, N image tokens, T prompt tokens, L action tokens, V the whole vocabulary.
 """
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from configs.policy import DiffusionPart
 from policies.autoregressive import AutoregressivePolicy, decode
+from policies.diffusion import DiffusionPolicy
 from policies.module_decoding import ModuleDecoder
 from policies.openvla import OpenVLA, token_logps
 from policies.openvla_actions import OpenVLAActions
-from policies.openvla_checkpoint import load_openvla
+from policies.openvla_checkpoint import OpenVLAFolder, open_openvla
 from policies.openvla_images import libero_view
 from policies.protocol import DecisionBatch
 
@@ -26,23 +29,72 @@ def openvla_policy(
     crop: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    filled: bool = True,
 ) -> AutoregressivePolicy:
     """The policy of a checkpoint folder: one action at a time, from the agentview alone.
 
     `unnorm_key` names the data set whose statistics scale the actions, and may be left out where there is one alone;
-    `crop`: see `libero_view`. Tokens are drawn from the action tokens alone; OpenVLA's own argmax is over the whole
-    vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds an action token. Raises ValueError
-    as `load_openvla` does.
+    `crop`: see `libero_view`; `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
+    OpenVLA's own argmax is over the whole vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds
+    an action token. Raises ValueError as `load_openvla` does.
     """
-    checkpoint = load_openvla(folder, device=device, dtype=dtype)
+    found = open_openvla(folder)
+    actions = openvla_actions(found, unnorm_key)
     return AutoregressivePolicy(
-        checkpoint.network,
-        prompts=checkpoint.prompts,
-        actions=OpenVLAActions(checkpoint.tokens, checkpoint.statistics(unnorm_key)),
+        found.network(device=device, dtype=dtype, filled=filled),
+        prompts=found.prompts,
+        actions=actions,
         chunk=1,
-        image_size=checkpoint.image_size,
-        view=partial(libero_view, size=checkpoint.image_size, crop=crop),
+        image_size=found.image_size,
+        view=partial(libero_view, size=found.image_size, crop=crop),
         decoder=ModuleDecoder,
+    )
+
+
+def openvla_diffusion_policy(
+    folder: str | Path,
+    *,
+    part: DiffusionPart,
+    chunk: int,
+    unnorm_key: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    filled: bool = True,
+) -> DiffusionPolicy:
+    """A checkpoint as a policy that unmasks chunks of `chunk` actions (Discrete Diffusion VLA, arXiv 2508.20072).
+
+    [MASK] is `mask_id`'s; unless the checkpoint was trained on it, it means nothing before the supervised start.
+    Everything else as in `openvla_policy`.
+    """
+    found = open_openvla(folder)
+    actions, mask = openvla_actions(found, unnorm_key), mask_id(found)
+    return DiffusionPolicy(
+        found.network(device=device, dtype=dtype, filled=filled),
+        prompts=found.prompts,
+        actions=actions,
+        part=part,
+        chunk=chunk,
+        image_size=found.image_size,
+        mask_id=mask,
+        view=partial(libero_view, size=found.image_size),
+    )
+
+
+def openvla_actions(found: OpenVLAFolder, unnorm_key: str | None) -> OpenVLAActions:
+    """A checkpoint's action tokens in LIBERO's units. ValueError for an unknown key, or another robot's."""
+    return OpenVLAActions(found.layout.actions, found.statistics(unnorm_key))
+
+
+def mask_id(found: OpenVLAFolder) -> int:
+    """The first id behind the action tokens that is not the padding token's own: one of those that fill the
+    vocabulary up. Raises ValueError where there is none."""
+    layout = found.layout
+    for free in range(layout.vocab_size, layout.text["vocab_size"]):
+        if free != layout.pad_id:
+            return free
+    raise ValueError(
+        f"{found.folder}: the vocabulary of {layout.text['vocab_size']} ids has none left for [MASK] behind the "
+        f"{layout.vocab_size} of text and actions; expected a pad_to_multiple_of of 2 or more"
     )
 
 

@@ -14,7 +14,8 @@ use. Anything else that is missing, extra or of another shape is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from transformers.initialization import no_init_weights
 
 from policies.pi0 import Pi0Network
 from policies.pi0_sizes import Pi0Config
+from policies.weight_files import and_more, refuse_integers
 
 WEIGHTS_FILE = "model.safetensors"
-_FLOATS = ("F64", "F32", "BF16", "F16")
-_EMBEDDING = "vlm.language_model.embed_tokens.weight"
+EMBEDDING = "vlm.language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +84,80 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def load_pi0(path: str | Path, config: Pi0Config, *, dtype: torch.dtype = torch.float32) -> Pi0Network:
-    """A network with the weights of a checkpoint, for inference until told otherwise (`eval`). See `read_weights`."""
+def load_pi0(
+    path: str | Path, config: Pi0Config, *, dtype: torch.dtype = torch.float32, filled: bool = True
+) -> Pi0Network:
+    """A network with the weights of a checkpoint, for inference until told otherwise (`eval`); not `filled`, with
+    memory for them alone, for a snapshot to fill. See `read_weights`."""
     with no_init_weights():
         network = Pi0Network(config)
-    network = network.to(dtype).eval()
-    read_weights(network, path)
+    for parameter in network.parameters():
+        # Buffers, the rotary frequencies among them, are no weights and stay float32.
+        parameter.data = parameter.data.to(dtype)
+    network.eval()
+    if filled:
+        read_weights(network, path)
     return network
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headers:
+    """Names, shapes and dtypes of a checkpoint's tensors."""
+
+    file: Path
+    layout: Layout
+    slices: Mapping[str, Any]
+    """Key -> safetensors' slice, which says shape and dtype without reading."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of what `Pi0Network` calls `name`; None where there is no such tensor."""
+        for key, part in self.slices.items():
+            if _plain(key) == _plain(self.layout.key(name)):
+                return tuple(part.get_shape())
+        if name == EMBEDDING and self.layout.tied in self.slices:
+            return tuple(self.slices[self.layout.tied].get_shape())
+        return None
+
+    def network_names(self) -> set[str]:
+        """What `Pi0Network` calls the tensors, of those under its language model, vision tower and expert."""
+        names = set()
+        for part, stem in (("vlm", self.layout.vlm), ("expert", self.layout.expert)):
+            plain = _plain(stem)
+            names |= {
+                f"{part}.{_plain(key)[len(plain) :]}" for key in self.slices if _plain(key).startswith(plain)
+            }
+        return names
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[Any, Headers]]:
+    """A safetensors file, or the `model.safetensors` of a folder: the archive and its headers.
+
+    Raises ValueError in one line for a file that is missing or cannot be read, tensors of integers, or names of no
+    known layout.
+    """
+    path = Path(path)
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; expected a checkpoint's weights there")
+    try:
+        archive = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+    with archive:
+        slices = {key: archive.get_slice(key) for key in archive.keys()}  # noqa: SIM118  an archive is no mapping
+        layout = _layout(file, slices)
+        for key, part in slices.items():
+            refuse_integers(key, part.get_dtype(), where=str(file))
+        yield archive, Headers(file=file, layout=layout, slices=slices)
+
+
+def check_weights(path: str | Path, config: Pi0Config) -> None:
+    """Raises ValueError as `read_weights` does, of what can be seen without reading a tensor."""
+    with torch.device("meta"):
+        wanted = _shapes(Pi0Network(config))
+    with opened(path) as (_, headers):
+        _sources(headers, wanted)
 
 
 def read_weights(network: Pi0Network, path: str | Path) -> None:
@@ -99,27 +167,17 @@ def read_weights(network: Pi0Network, path: str | Path) -> None:
     embedding it is tied to, or the first tensor that is missing, extra, mis-shaped or not of floats and how many more
     there are; nothing is written then. Raises it, too, on reaching a tensor that is not finite.
     """
-    path = Path(path)
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file} is missing; expected a checkpoint's weights there")
     state = network.state_dict()
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(f"{name} lies on the meta device; weights need a network that has memory")
-    try:
-        archive = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-    with archive:
-        found = {key: archive.get_slice(key) for key in archive.keys()}  # noqa: SIM118  an archive is no mapping
-        layout = _layout(file, found)
-        wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        sources = _sources(file, layout, found, wanted)
-        if layout.tied in found and not torch.equal(
-            archive.get_tensor(layout.tied), archive.get_tensor(sources[_EMBEDDING])
+    with opened(path) as (archive, headers):
+        file, tied = headers.file, headers.layout.tied
+        sources = _sources(headers, _shapes(network))
+        if tied in headers.slices and not torch.equal(
+            archive.get_tensor(tied), archive.get_tensor(sources[EMBEDDING])
         ):
-            raise ValueError(f"{file}: {layout.tied} differs from {sources[_EMBEDDING]}, expected them tied")
+            raise ValueError(f"{file}: {tied} differs from {sources[EMBEDDING]}, expected them tied")
         for name, tensor in state.items():
             source = archive.get_tensor(sources[name])
             if not source.isfinite().all():
@@ -127,6 +185,10 @@ def read_weights(network: Pi0Network, path: str | Path) -> None:
                     f"{file}: {sources[name]} has {int((~source.isfinite()).sum())} non-finite values"
                 )
             tensor.copy_(source)
+
+
+def _shapes(network: Pi0Network) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _layout(file: Path, keys: Iterable[str]) -> Layout:
@@ -139,10 +201,9 @@ def _layout(file: Path, keys: Iterable[str]) -> Layout:
     raise ValueError(f"{file} is no checkpoint of pi-0 or pi-0.5: it holds {holds}, expected {known}")
 
 
-def _sources(
-    file: Path, layout: Layout, found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """Name in the network -> key in the file, whose slices are `found`. Raises ValueError if they do not match."""
+def _sources(headers: Headers, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Name in the network -> key in the file. Raises ValueError if they do not match."""
+    found, layout = headers.slices, headers.layout
     sources: dict[str, str] = {}
     problems = []
     left: dict[str, str] = {}
@@ -152,21 +213,20 @@ def _sources(
         left.setdefault(_plain(key), key)
     for name, shape in wanted.items():
         key = left.pop(_plain(layout.key(name)), "")
-        if not key and name == _EMBEDDING and layout.tied in found:
+        if not key and name == EMBEDDING and layout.tied in found:
             key = layout.tied
         if not key:
             problems.append(f"{layout.key(name)} is missing")
         elif tuple(found[key].get_shape()) != shape:
             problems.append(f"{key} has shape {found[key].get_shape()}, expected {list(shape)}")
-        elif found[key].get_dtype() not in _FLOATS:
-            problems.append(f"{key} is {found[key].get_dtype()}, expected one of {', '.join(_FLOATS)}")
         else:
             sources[name] = key
     harmless = {layout.tied, *layout.unused}
     problems += [f"{key} is not of this network" for key in left.values() if key not in harmless]
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"{file}: {problems[0]}{more}; expected the tensors of {_described(wanted)}")
+        raise ValueError(
+            f"{headers.file}: {problems[0]}{and_more(problems)}; expected the tensors of {_described(wanted)}"
+        )
     return sources
 
 

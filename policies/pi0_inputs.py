@@ -63,6 +63,15 @@ def rotate_180(image_HWC: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image_HWC[::-1, ::-1])
 
 
+def libero_view(upright_HWC: np.ndarray, *, side: int = IMAGE_SIDE) -> np.ndarray:
+    """A camera image that stands upright (`Observation`) -> these models', uint8 [side, side, 3].
+
+    `rotate_180` turns the simulator's own image, whose rows begin at the bottom: rows as they are here, columns from
+    right to left. Raises ValueError as `resize_with_pad`.
+    """
+    return resize_with_pad(np.ascontiguousarray(upright_HWC[:, ::-1]), side)
+
+
 def resize_with_pad(image_HWC: np.ndarray, side: int = IMAGE_SIDE) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [side, side, 3]: the longer side fits (bilinear), black bars fill the rest evenly.
 

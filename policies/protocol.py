@@ -22,7 +22,8 @@ class DecisionBatch(ObservationBatch):
     """
 
     chunk_BL: torch.Tensor
-    """int64 token ids as sampled, or for flow matching float32 actions in model space, step by step."""
+    """int64 token ids as sampled, or for flow matching float32 actions as executed, step by step, to the end of what
+    the network makes at once."""
 
     def __len__(self) -> int:
         return self.agentview_BHWC.shape[0]
@@ -42,6 +43,8 @@ class Policy(Protocol):
     exact: bool
     """True: `score` is the log-probability itself, and `act` records it. False: it is a surrogate, estimated from
     noise, and `act` records none."""
+    tokens: int
+    """L, elements of a score; a flow's chunk may be longer."""
     adapted: str
     """Name of the part of `module` whose attention and MLP linears an adapter goes on."""
 

@@ -1,4 +1,4 @@
-"""A network's learned tensors out as NumPy, and a snapshot's in."""
+"""A network's learned tensors out as NumPy, and a snapshot's in. bfloat16 travels as its bits, uncast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from trajectories.bfloat16 import BFLOAT16, is_finite
 from trajectories.records import WeightSnapshot
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy in the host's memory, in the tensor's dtype (bfloat16: `trajectories.bfloat16`)."""
+    tensor = tensor.detach().to("cpu", copy=True)
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """The inverse of `to_array`. It shares memory with the array, unless that is read-only or not in C order."""
+    if not (array.flags.writeable and array.flags.c_contiguous):
+        array = array.copy(order="C")
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def state_tensors(module: nn.Module) -> dict[str, np.ndarray]:
@@ -18,7 +36,7 @@ def state_tensors(module: nn.Module) -> dict[str, np.ndarray]:
     for name in state:
         if "lora_" in name or ".base_layer." in name:
             raise ValueError(f"{name} belongs to an adapter; merge it before taking the weights")
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+    return {name: to_array(tensor) for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -36,15 +54,16 @@ def load_snapshot(network: nn.Module, snapshot: WeightSnapshot) -> None:
             raise ValueError(f"snapshot {snapshot.version} has the tensor {name}, which this policy lacks")
         _check_tensor(f"snapshot {snapshot.version}: {name}", array, own[name])
     for name, array in snapshot.tensors.items():
-        # A copy, for a snapshot may be a read-only view of shared memory.
-        own[name].copy_(torch.from_numpy(array.copy()))
+        own[name].copy_(to_tensor(array))
 
 
 def _check_tensor(name: str, array: np.ndarray, expected: torch.Tensor) -> None:
     dtype = str(expected.dtype).removeprefix("torch.")
     if array.shape != tuple(expected.shape):
         raise ValueError(f"{name} has shape {list(array.shape)}, expected {list(expected.shape)}")
-    if array.dtype != dtype:
-        raise ValueError(f"{name} is {array.dtype}, expected {dtype}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has {int((~np.isfinite(array)).sum())} non-finite values")
+    held = "bfloat16" if array.dtype == BFLOAT16 else str(array.dtype)
+    if held != dtype:
+        raise ValueError(f"{name} is {held}, expected {dtype}")
+    finite = is_finite(array)
+    if not finite.all():
+        raise ValueError(f"{name} has {int((~finite).sum())} non-finite values")

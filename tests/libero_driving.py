@@ -7,7 +7,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import resolve_assets
 from envs.libero import LiberoEnv
 

@@ -41,7 +41,8 @@ from actors.rollout import decision_seed
 from actors.run_folder import RunFolder
 from actors.stages import serving_stats
 from configs.policy import PolicyPart
-from configs.schema import DemonstrationPart, GuardPart, LearnerPart, RolloutPart, ServingPart, TaskPart
+from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart
+from configs.world import DemonstrationPart, TaskPart
 from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
 from policies.adapters import adapter_tensors
@@ -182,6 +183,8 @@ def test_shards_merge_from_the_pristine_base_and_agree_on_the_hash(cluster: None
         # s B A = 2 * (0.5 + 0.5): the second merge starts from the base again, not from the first
         np.testing.assert_allclose(snapshot.tensors["layer.weight"], base["layer.weight"] + 2.0, rtol=1e-6)
         assert snapshot.content_hash == content_hash == weights_hash(snapshot.tensors)
+        assert 0 < server.drift(version) < 1e-6
+    assert server.drift(0) == 0
     np.testing.assert_array_equal(pull_snapshot(server.shards, 0).tensors["bias"], base["bias"])
     with pytest.raises(KeyError, match="version 1 is not held"):
         pull_snapshot(server.shards, 1)
@@ -207,6 +210,7 @@ def test_a_shard_that_dies_serves_the_same_weights_again_and_one_that_is_gone_en
         ray.kill(shard, no_restart=False)
     found = find_shards(server.names)
     assert [pull_snapshot(found, version).content_hash for version in (0, 1)] == hashes
+    assert server.drift(1) < 1e-6
     assert server.publish(adapter, keep=[1]) == (2, hashes[1])
     ray.kill(server.shards[1])
     while server.names[1] in ray.util.list_named_actors():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets, resolve_assets
 from envs.demonstrations import demonstrate
 from envs.experts import EXPERT_TASKS, NoExpertError, expert_for

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from actors.rollout import SimulatorPool
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import resolve_assets
 from envs.libero import InvalidActionError, LiberoEnv, to_observation
 from envs.tasks import init_states, load_task

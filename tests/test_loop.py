@@ -25,7 +25,8 @@ from actors.rollout import RolloutActor
 from actors.run_folder import RunFolder
 from actors.verbs import evaluate_run
 from configs.loader import RecipeError, load_recipe
-from configs.schema import EnvironmentPart, Recipe
+from configs.schema import Recipe
+from configs.world import EnvironmentPart
 from envs.assets import resolve_assets
 from envs.fingerprint import FingerprintError
 from learners.checkpoint import CheckpointError

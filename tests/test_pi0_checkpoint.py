@@ -118,7 +118,7 @@ def with_(**changed: torch.Tensor) -> Callable[[Tensors], Tensors]:
         ),
         (
             with_(state_proj__bias=torch.zeros(16, dtype=torch.int64)),
-            r"state_proj.bias is I64, expected one of F64, F32, BF16, F16; expected",
+            r"state_proj.bias is stored as I64, expected one of BF16, F16, F32, F64; integers are",
         ),
         (
             with_(action_out_proj__bias=torch.full((6,), torch.nan)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import EnvironmentPart, TaskPart
+from configs.world import EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets
 from envs.fingerprint import FingerprintError, differences, first_frame_hash, stack_fingerprint
 from envs.protocol import (

@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets, pack_digest
 from envs.libero import HOLD, LiberoEnv
 from envs.standins import build_pack

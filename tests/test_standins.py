@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import EnvironmentPart
+from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets, check_pack, pack_digest, resolve_assets
 from envs.libero import HOLD, LiberoEnv
 from envs.standins import build_pack

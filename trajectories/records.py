@@ -63,8 +63,8 @@ class ActionSample:
     actions: np.ndarray
     """float32 [K, 7], environment units, each in [-1, 1]."""
     model_chunk: np.ndarray
-    """The chunk exactly as sampled in model space: int64 [L] token ids, or float32 [K, A] for flow. This, never
-    the executed actions, is what a score is taken on."""
+    """What a score is taken on: int64 [L] token ids exactly as sampled; for flow float32 [A H], the H >= K actions that
+    were made at once, as executed or as they would have been."""
     logps: np.ndarray
     """float32 [L], log-probability of each element under the served weights at temperature 1. Sums to
     log pi(chunk | observation)."""

@@ -1,0 +1,116 @@
+"""Memory that weights of published size take, computed on torch's meta device from the recipes' own settings.
+
+    python -m benchmarks.memory [RECIPE...] [--output FILE]
+
+| column         | what is counted                                                                                     |
+|----------------|-----------------------------------------------------------------------------------------------------|
+| weights        | one copy in the recipe's dtype                                                                      |
+| policy actor   | the versions that it holds (the fleet's and a candidate's)                                          |
+| shards         | of all parameter shards together: the pristine base, and the merged versions in the object store    |
+| supervised     | the learner in the supervised start: weights, gradients and AdamW's two moments                     |
+| update         | the learner in a preference update: weights; adapter with gradients, moments and the copies that a  |
+|                | tripped update puts back, in float32; merged weights of the adapted layers and gradients on them    |
+| context        | what is kept of one decision: its image tokens                                                      |
+
+Activations are not counted: they grow with preference.micro_batch, supervised.batch_size and serving.max_batch, and are
+measured by `benchmarks.real_size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.placement import LIVE_VERSIONS
+from actors.policy import HELD_VERSIONS
+from benchmarks.fingerprint import write_json
+from benchmarks.published_sizes import context_numbers, published_network
+from configs.loader import load_recipe
+from configs.schema import Recipe
+from policies import adapters
+from policies.published import DTYPES
+
+RECIPES = tuple(Path("configs") / f"{name}_libero.yaml" for name in ("openvla", "pi0", "pi05", "ddvla"))
+GIB = 1 << 30
+ADAPTER_COPIES = 1 + 1 + 2 + 3
+"""Factors, gradients, two moments, and what a tripped update puts back: factors and moments."""
+
+
+def measure(recipe: Recipe) -> dict[str, Any]:
+    """One row: parameters, and bytes as in the table above."""
+    network = published_network(recipe.policy)
+    parameters = sum(p.numel() for p in network.parameters())
+    item = DTYPES[recipe.policy.dtype].itemsize
+    weights = parameters * item
+    context = context_numbers(network) * item
+    decoder = "expert" if recipe.policy.paradigm == "flow" else "language_model.model"
+    adapters.attach(network, recipe.adapter, seed=0, decoder=decoder)
+    factors = sum(p.numel() for p in adapters.parameters(network).values())
+    adapted = sum(
+        layer.get_base_layer().get_parameter("weight").numel()
+        for _, layer in adapters.adapted_layers(network)
+    )
+    merged = 0 if recipe.adapter.dropout else 2 * adapted * item
+    if merged and recipe.adapter.method == "dora":
+        merged += adapted * torch.float32.itemsize  # kept for the backward pass through the row norms
+    return {
+        "recipe": recipe.name,
+        "parameters": parameters,
+        "adapter_parameters": factors,
+        "dtype": recipe.policy.dtype,
+        "weights": weights,
+        "policy_actor": HELD_VERSIONS * weights,
+        "shards": (1 + LIVE_VERSIONS) * weights,
+        "supervised": 4 * weights if recipe.supervised.steps else 0,
+        "update": weights + ADAPTER_COPIES * factors * torch.float32.itemsize + merged,
+        "context": context,
+    }
+
+
+def shown(row: Mapping[str, Any]) -> list[str]:
+    """A row in words: GiB, and MiB for a context."""
+    columns = ("weights", "policy_actor", "shards", "supervised", "update")
+    sizes = [f"{row[name] / GIB:.1f}" if row[name] else "-" for name in columns]
+    return [
+        row["recipe"],
+        f"{row['parameters']:,}",
+        row["dtype"],
+        *sizes,
+        f"{row['context'] / (1 << 20):.1f} MiB",
+    ]
+
+
+def main(
+    recipes: Annotated[list[Path] | None, typer.Argument(help="recipes; none: the published four")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
+) -> None:
+    """Compute, print a table, and write JSON when asked."""
+    rows = [measure(load_recipe(path)) for path in recipes or RECIPES]
+    table = Table(title="GiB of weights, without activations")
+    for column in (
+        "recipe",
+        "parameters",
+        "dtype",
+        "weights",
+        "policy actor",
+        "shards",
+        "supervised",
+        "update",
+        "context",
+    ):
+        table.add_column(column, justify="left" if column in ("recipe", "dtype") else "right")
+    for row in rows:
+        table.add_row(*shown(row))
+    Console(width=130).print(table)
+    if output is not None:
+        write_json(output, {"unit": "bytes", "rows": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)

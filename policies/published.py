@@ -1,0 +1,127 @@
+"""Published weights as policies, by recipe: `policy.checkpoint`.
+
+| paradigm       | folder                                                       | decides                          |
+|----------------|--------------------------------------------------------------|----------------------------------|
+| autoregressive | OpenVLA as on the Hub                                        | one action at a time             |
+| flow           | pi-0 or pi-0.5, of openpi, LeRobot or transformers           | the first actions of its horizon |
+| diffusion      | OpenVLA whose vocabulary has an id left for [MASK]           | a chunk of any length            |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from configs.policy import PolicyPart
+from policies.flow import FlowPolicy
+from policies.flow_inputs import PublishedInputs
+from policies.openvla_checkpoint import open_openvla
+from policies.openvla_policy import mask_id, openvla_actions, openvla_diffusion_policy, openvla_policy
+from policies.pi0 import Pi0Network
+from policies.pi0_folder import Pi0Folder, open_pi0
+from policies.protocol import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PublishedError(ValueError):
+    """Published weights that cannot be used, or a setting that contradicts them; one line."""
+
+
+def published_policy(part: PolicyPart, *, device: torch.device, filled: bool = True) -> Policy:
+    """The policy of `part.checkpoint`; not `filled`, with memory for the weights alone, for a snapshot to fill.
+
+    Raises PublishedError as `check_published` does, and for weights that are not finite.
+    """
+    folder, dtype = _folder(part), DTYPES[part.dtype]
+    try:
+        match part.paradigm:
+            case "autoregressive":
+                _one_action(part)
+                return openvla_policy(
+                    folder, unnorm_key=part.unnorm_key, device=device, dtype=dtype, filled=filled
+                )
+            case "diffusion":
+                return openvla_diffusion_policy(
+                    folder,
+                    part=part.diffusion,
+                    chunk=part.chunk,
+                    unnorm_key=part.unnorm_key,
+                    device=device,
+                    dtype=dtype,
+                    filled=filled,
+                )
+            case "flow":
+                found = _pi0(part)
+                inputs = PublishedInputs(
+                    found,
+                    state_in_prompt=part.flow.state_in_prompt,
+                    delta_actions=part.flow.delta_actions,
+                )
+                network = found.network(device=device, dtype=dtype, filled=filled)
+                return FlowPolicy(network, inputs=inputs, part=part.flow, chunk=part.chunk)
+    except ValueError as error:
+        raise PublishedError(f"policy.checkpoint: {error}") from error
+
+
+def check_published(part: PolicyPart) -> int:
+    """Look `part.checkpoint` through without reading its weights; returns their bytes in `part.dtype`.
+
+    Raises PublishedError in one line for a folder, a file, a tensor, a tokenizer or statistics that are missing or do
+    not fit, quantised weights, an unknown unnorm_key, or a setting that contradicts the checkpoint.
+    """
+    folder = _folder(part)
+    try:
+        network: torch.nn.Module
+        if part.paradigm == "flow":
+            config = _pi0(part).config
+            with torch.device("meta"):
+                network = Pi0Network(config)
+        else:
+            found = open_openvla(folder)
+            openvla_actions(found, part.unnorm_key)
+            if part.paradigm == "diffusion":
+                mask_id(found)
+            else:
+                _one_action(part)
+            network = found.layout.empty()
+    except ValueError as error:
+        raise PublishedError(f"policy.checkpoint: {error}") from error
+    return sum(p.numel() for p in network.parameters()) * DTYPES[part.dtype].itemsize
+
+
+def located(part: PolicyPart) -> PolicyPart:
+    """The same part with absolute paths: what an actor needs, whose working directory may be another."""
+    paths = {"checkpoint": part.checkpoint, "norm_stats": part.norm_stats}
+    return part.model_copy(
+        update={name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    )
+
+
+def _folder(part: PolicyPart) -> Path:
+    if part.checkpoint is None:
+        raise ValueError("this part names no checkpoint")
+    return Path(part.checkpoint)
+
+
+def _one_action(part: PolicyPart) -> None:
+    if part.chunk != 1:
+        raise ValueError(
+            f"policy.chunk is {part.chunk}; a published OpenVLA decides one action at a time: set policy.chunk=1"
+        )
+
+
+def _pi0(part: PolicyPart) -> Pi0Folder:
+    found = open_pi0(_folder(part), norm_stats=part.norm_stats)
+    version = "pi0.5" if found.config.adaptive else "pi0"
+    if part.flow.version != version:
+        raise ValueError(
+            f"{found.folder} is {version} and policy.flow.version is {part.flow.version}; set "
+            f"policy.flow.version={version}"
+        )
+    if part.chunk > found.config.horizon:
+        raise ValueError(
+            f"policy.chunk is {part.chunk}, {found.folder} makes {found.config.horizon} actions at once; lower it"
+        )
+    return found

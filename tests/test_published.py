@@ -1,0 +1,581 @@
+"""Published weights by recipe: each paradigm's policy from a folder, its learning, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import launch
+from configs.loader import RecipeError, load_recipe
+from configs.policy import FlowPart, PolicyPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
+from learners.preference import PreferenceLearner
+from learners.supervised import SupervisedLearner
+from policies import adapters
+from policies.diffusion import DiffusionPolicy
+from policies.flow import FlowPolicy
+from policies.flow_inputs import PublishedInputs
+from policies.make import make_policy
+from policies.merging import merge
+from policies.norm_stats import normalise, pad_dims, read_norm_stats, unnormalise
+from policies.pi0_folder import open_pi0
+from policies.pi0_inputs import prompt_ids, resize_with_pad, rotate_180, to_model_range
+from policies.pi0_sizes import Pi0Config
+from policies.protocol import Policy
+from policies.published import PublishedError, check_published, located, published_policy
+from policies.weights import state_tensors
+from tests import openvla_tiny
+from tests.published_tiny import (
+    HEADS,
+    PI0,
+    STATS,
+    observations,
+    parts,
+    pi0_network,
+    write_pi0,
+    write_pi0_tokenizer,
+)
+from trajectories.records import Cell, Decision, Outcome, PreferencePair, Trajectory, WeightSnapshot
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+CPU = torch.device("cpu")
+KINDS = ["openvla", "pi0", "pi05", "diffusion"]
+FLOWS = ["pi0", "pi05"]
+CHUNKS = {"openvla": 1, "pi0": 3, "pi05": 3, "diffusion": 8}
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PolicyPart]:
+    return parts(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def own(known: dict[str, PolicyPart], tmp_path: Path) -> Callable[[str], PolicyPart]:
+    """A part whose folder may be spoilt."""
+
+    def copied(kind: str) -> PolicyPart:
+        part = known[kind]
+        shutil.copytree(str(part.checkpoint), tmp_path / "folder")
+        return part.model_copy(update={"checkpoint": str(tmp_path / "folder")})
+
+    return copied
+
+
+def made(part: PolicyPart, **options: Any) -> Policy:
+    return make_policy(part, image_size=64, seed=0, device=CPU, **options)
+
+
+# Acting
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_acts_as_its_checkpoint_allows(kind: str, known: dict[str, PolicyPart]) -> None:
+    policy, seen = made(known[kind]), observations(3)
+    samples = policy.act(seen, seeds=[5, 6, 7], temperature=1.0)
+    for sample, one, seed in zip(samples, seen, (5, 6, 7), strict=True):
+        assert sample.actions.shape == (CHUNKS[kind], 7)
+        assert sample.actions.dtype == np.float32
+        assert np.abs(sample.actions).max() <= 1
+        assert set(np.abs(sample.actions[:, 6])) == {1.0}
+        (alone,) = policy.act([one], seeds=[seed], temperature=1.0)
+        np.testing.assert_allclose(alone.actions, sample.actions, atol=1e-4)
+    batch, keys = policy.batch(seen, [sample.model_chunk for sample in samples]), torch.arange(3)
+    score = policy.score(batch, noise_keys=keys)
+    assert score.shape == (3, policy.tokens)
+    assert policy.tokens == 7 * CHUNKS[kind]
+    kept = policy.score(batch, policy.encode_context(batch), noise_keys=keys)
+    torch.testing.assert_close(kept, score)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [28, 224, 256])
+def test_cameras_of_any_size_will_do(kind: str, size: int, known: dict[str, PolicyPart]) -> None:
+    (sample,) = made(known[kind]).act(observations(1, size=size), seeds=[0], temperature=0)
+    assert np.isfinite(sample.actions).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_without_weights_takes_a_snapshot(kind: str, known: dict[str, PolicyPart]) -> None:
+    part = known[kind].model_copy(update={"dtype": "bfloat16"})
+    filled, empty = made(part), made(part, filled=False)
+    assert {p.dtype for p in filled.module.parameters()} == {torch.bfloat16}
+    empty.load(WeightSnapshot(version=0, content_hash="", tensors=state_tensors(filled.module)))
+    seen = observations(2)
+    for one, other in zip(
+        *(p.act(seen, seeds=[1, 2], temperature=1.0) for p in (filled, empty)), strict=True
+    ):
+        np.testing.assert_array_equal(one.model_chunk, other.model_chunk)
+
+
+def upright(image: np.ndarray) -> np.ndarray:
+    """The simulator's own image, whose rows begin at the bottom."""
+    return image[::-1]
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_a_flow_does_what_openpis_policy_does(kind: str, known: dict[str, PolicyPart]) -> None:
+    """Step by step, from openpi's own pieces: three cameras, the last absent, prompts padded to their full length."""
+    part, adaptive = known[kind], kind == "pi05"
+    seen = observations(2)
+    samples = made(part).act(seen, seeds=[3, 4], temperature=1.0)
+    found = open_pi0(str(part.checkpoint))
+    network = found.network()
+    stats = read_norm_stats(str(part.checkpoint), quantile=adaptive)
+    views = [[upright(o.agentview), upright(o.wrist)] for o in seen]
+    images = [
+        [to_model_range(resize_with_pad(rotate_180(image), PI0.vision.image)) for image in pair]
+        for pair in views
+    ]
+    pixels = torch.from_numpy(np.stack([np.stack([*pair, np.zeros_like(pair[0])]) for pair in images]))
+    states = [normalise(o.proprio.astype(np.float64), stats["state"], quantile=adaptive) for o in seen]
+    told = [
+        prompt_ids(
+            o.instruction,
+            encode=found.prompts.encode,
+            bos_id=2,
+            length=200 if adaptive else 48,
+            state_S=state if adaptive else None,
+        )
+        for o, state in zip(seen, states, strict=True)
+    ]
+    prompt, mask = (torch.from_numpy(np.stack(column)) for column in zip(*told, strict=True))
+    prefix = network.embed_prefix(pixels, torch.tensor([[True, True, False]] * 2), prompt, mask)
+    noise = [np.random.Generator(np.random.Philox(key=s)).standard_normal((5, 9), np.float32) for s in (3, 4)]
+    state = torch.from_numpy(np.stack([pad_dims(s, 10) for s in states])).float()
+    chunks = network.sample(network.encode_prefix(prefix), torch.from_numpy(np.stack(noise)), 4, state)
+    for sample, chunk in zip(samples, chunks.numpy(), strict=True):
+        actions = unnormalise(chunk.astype(np.float64), stats["actions"], quantile=adaptive)
+        expected = np.clip(actions, -1, 1)
+        expected[:, 6] = np.where(actions[:, 6] > 0, 1, -1)
+        np.testing.assert_allclose(sample.actions, expected[:3], atol=1e-5)
+        np.testing.assert_allclose(sample.model_chunk.reshape(5, 7), expected, atol=1e-5)
+
+
+def test_pi05_reads_its_state_unless_told_not_to(known: dict[str, PolicyPart]) -> None:
+    (seen,) = observations(1)
+    (moved,) = observations(1, seed=9)
+    other = replace(seen, proprio=moved.proprio)
+    for told in (True, False):
+        part = known["pi05"].model_copy(update={"flow": FlowPart(steps=4, state_in_prompt=told)})
+        chunks = [s.model_chunk for s in made(part).act([seen, other], seeds=[1, 1], temperature=1.0)]
+        assert (np.abs(chunks[0] - chunks[1]).max() > 1e-3) == told
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_chunk_goes_to_the_networks_scale_and_back(delta: bool, known: dict[str, PolicyPart]) -> None:
+    inputs = PublishedInputs(
+        open_pi0(str(known["pi0"].checkpoint)), state_in_prompt=True, delta_actions=delta
+    )
+    seen = observations(2)
+    batch = inputs.stack(seen, CPU)
+    actions = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 5, 7)).astype(np.float32))
+    scaled = inputs.to_model(actions, batch)
+    torch.testing.assert_close(inputs.from_model(scaled, batch), actions, rtol=0, atol=1e-5)
+    x, mean, std = (actions[1, 2, 1].item(), *(STATS["actions"][k][1] for k in ("mean", "std")))
+    assert scaled[1, 2, 1].item() == pytest.approx((x - delta * seen[1].proprio[1] - mean) / std, abs=1e-4)
+    gripper = (actions[1, 2, 6].item() - STATS["actions"]["mean"][6]) / STATS["actions"]["std"][6]
+    assert scaled[1, 2, 6].item() == pytest.approx(gripper, abs=1e-4)
+
+
+def test_demonstrated_actions_fill_a_flows_horizon(known: dict[str, PolicyPart]) -> None:
+    policy = made(known["pi05"])
+    actions = np.arange(21, dtype=np.float32).reshape(3, 7) / 21
+    chunk = policy.encode(actions).reshape(5, 7)
+    np.testing.assert_array_equal(chunk[:3], actions)
+    np.testing.assert_array_equal(chunk[3:], actions[[2, 2]])
+
+
+def test_what_is_not_executed_is_not_scored(known: dict[str, PolicyPart]) -> None:
+    """The tail's own errors do not count, though what is executed attends to it."""
+    policy = made(known["pi05"])
+    assert isinstance(policy, FlowPolicy)
+    seen, keys = observations(1), torch.zeros(1, dtype=torch.int64)
+    batch = policy.batch(seen, [np.zeros(35, np.float32)])
+    errors = policy._errors(batch, None, keys, draws=4)
+    assert errors.shape == (1, 4, 3, 9)
+    expected = -errors[..., :7].mean(dim=1).flatten(1) / 2
+    torch.testing.assert_close(policy.score(batch, noise_keys=keys), expected)
+
+
+def test_mask_is_a_padding_id_that_padding_leaves_free(known: dict[str, PolicyPart]) -> None:
+    policy = made(known["diffusion"])
+    assert isinstance(policy, DiffusionPolicy)
+    seen = observations(1)
+    batch = policy.batch(seen, [policy.act(seen, seeds=[0], temperature=1.0)[0].model_chunk])
+
+    def score_with(row: int) -> torch.Tensor:
+        embedding = policy.network.language_model.model.embed_tokens.weight
+        before = embedding[row].clone()
+        with torch.no_grad():
+            embedding[row] += 1
+            score = policy.score(batch, noise_keys=torch.tensor([0]))
+            embedding[row] = before
+        return score
+
+    plain = policy.score(batch, noise_keys=torch.tensor([0])).detach()
+    assert torch.equal(score_with(32000), plain)
+    assert (score_with(32001) - plain).abs().max() > 1e-6
+
+
+# Learning
+
+
+def episode(policy: Policy, *, seed: int, outcome: Outcome, length: int = 3) -> Trajectory:
+    seen = observations(length, seed=seed)
+    samples = policy.act(seen, seeds=[100 * seed + k for k in range(length)], temperature=1.0)
+    return Trajectory(
+        cell=Cell(suite="libero_object", task_id=0, init_state=seed // 2, seed=seed),
+        decisions=tuple(
+            Decision(observation=o, sample=s, executed=len(s.actions))
+            for o, s in zip(seen, samples, strict=True)
+        ),
+        outcome=outcome,
+        env_steps=length,
+        policy_version=0,
+        policy_hash="start",
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_published_weights_are_the_reference_and_are_learned_from(
+    kind: str, dtype: str, known: dict[str, PolicyPart]
+) -> None:
+    """Pairs alone, no demonstrations: at first the policy is the reference, and what is learned can be served."""
+    part = known[kind].model_copy(update={"dtype": dtype})
+    policy = made(part)
+    base = state_tensors(policy.module)
+    pairs = [
+        PreferencePair(
+            chosen=episode(policy, seed=2 * i, outcome="success"),
+            rejected=episode(policy, seed=2 * i + 1, outcome="timeout"),
+        )
+        for i in range(2)
+    ]
+    learner = PreferenceLearner(
+        policy,
+        adapter=AdapterPart(method="lora", rank=4, alpha=8),
+        preference=PreferencePart(
+            reference="start", demo_weight=0, success_weight=0, steps=3, lr=0.01, micro_batch=4
+        ),
+        guard=GuardPart(chosen_drop=100),
+        base_hash="",
+        seed=0,
+    )
+    report = learner.update(pairs, [], [])
+    assert report.steps == 3
+    first, *_, last = report.history
+    if dtype == "float32":
+        assert first["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
+        assert abs(first["chosen_logratio"]) < 1e-4
+    assert abs(last["chosen_logratio"]) > 1e-4
+    served = made(part, filled=False)
+    merged = merge(base, learner.adapter())
+    served.load(WeightSnapshot(version=1, content_hash="", tensors=merged))
+    batch = policy.batch(*decided(pairs[0].chosen))
+    with torch.no_grad(), adapters.merged_forward(policy.module):
+        trained = policy.score(batch, noise_keys=torch.arange(3)).sum()
+    untrained = made(part)
+    for other in (served, untrained):
+        if isinstance(policy, FlowPolicy) and isinstance(other, FlowPolicy):
+            other.variance = policy.variance
+    there, start = (p.score(batch, noise_keys=torch.arange(3)).sum() for p in (served, untrained))
+    assert abs(there - trained) < 0.2 * abs(trained - start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_supervised_start_goes_on_from_published_weights(kind: str, known: dict[str, PolicyPart]) -> None:
+    policy, rng = made(known[kind]), np.random.default_rng(0)
+    demo = episode(policy, seed=0, outcome="success", length=4)
+    scripted = [
+        replace(d, sample=replace(d.sample, actions=rng.uniform(-1, 1, (CHUNKS[kind], 7))))
+        for d in demo.decisions
+    ]
+    demo = replace(demo, decisions=tuple(scripted), policy_version=-1)
+    part = SupervisedPart(steps=20, batch_size=4, lr=3e-3, warmup_steps=2)
+    learner = SupervisedLearner(policy, part, seed=0, demos=[demo])
+    losses: list[float] = []
+    learner.fit(on_step=lambda _, metrics: losses.append(metrics["loss"]))
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert all(p.grad is None for p in policy.module.parameters())
+
+
+def decided(trajectory: Trajectory) -> tuple[list[Any], list[np.ndarray]]:
+    return [d.observation for d in trajectory.decisions], [d.sample.model_chunk for d in trajectory.decisions]
+
+
+# Sizes and statistics of pi-0
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=FLOWS)
+@pytest.mark.parametrize("layout", ["openpi", "LeRobot"])
+def test_sizes_come_from_the_tensors(layout: str, adaptive: bool, tmp_path: Path) -> None:
+    config = {"type": "pi05" if adaptive else "pi0", "chunk_size": 5, **HEADS}
+    found = open_pi0(write_pi0(tmp_path / "x", adaptive=adaptive, layout=layout, config=config))
+    assert found.config == Pi0Config(
+        adaptive=adaptive,
+        vision=PI0.vision,
+        vlm=PI0.vlm,
+        expert=PI0.expert,
+        vocab=PI0.vocab,
+        horizon=5,
+        action_dim=9,
+        state_dim=9 if adaptive else 10,
+    )
+
+
+def test_statistics_may_lie_elsewhere(own: Callable[[str], PolicyPart], tmp_path: Path) -> None:
+    part = own("pi05")
+    (tmp_path / "folder" / "assets").rename(tmp_path / "elsewhere")
+    with pytest.raises(PublishedError, match=r"folder has no norm_stats\.json"):
+        check_published(part)
+    part = part.model_copy(update={"norm_stats": str(tmp_path / "elsewhere" / "libero")})
+    assert check_published(part) == 4 * sum(p.numel() for p in pi0_network(adaptive=True).parameters())
+
+
+def test_actors_are_told_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    part = located(PolicyPart(paradigm="flow", checkpoint="a/b", norm_stats="c"))
+    assert (part.checkpoint, part.norm_stats) == (str(tmp_path / "a/b"), str(tmp_path / "c"))
+    assert located(PolicyPart()) == PolicyPart()
+
+
+# Refusals
+
+Spoil = Callable[[Path], Any]
+
+
+def config(**changes: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        file = next(iter(sorted(folder.glob("*.safetensors"))))
+        held = load_file(file)
+        change(held)
+        save_file(held, file)
+
+    return spoil
+
+
+def remove(name: str) -> Spoil:
+    return lambda folder: (folder / name).unlink()
+
+
+def stats(**changes: Any) -> Spoil:
+    return lambda folder: (folder / "assets/libero/norm_stats.json").write_text(
+        json.dumps({"norm_stats": {**STATS, **changes}})
+    )
+
+
+JOINT = "paligemma_with_expert."
+GATE = f"{JOINT}gemma_expert.model.layers.0.mlp.gate_proj.weight"
+UP = f"{JOINT}gemma_expert.model.layers.1.mlp.up_proj.weight"
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+REFUSALS = {
+    "no folder": ("openvla", shutil.rmtree, "has no config.json; expected a checkpoint folder"),
+    "no pi-0 folder": ("pi0", shutil.rmtree, "is no folder; expected one with config.json"),
+    "no weights": ("pi0", remove("model.safetensors"), "model.safetensors is missing"),
+    "no tokenizer": ("pi05", remove("tokenizer.json"), "has no tokenizer.json; put PaliGemma's there"),
+    "no OpenVLA tokenizer": ("openvla", remove("tokenizer.json"), "has no tokenizer.json; expected the"),
+    "another line feed": (
+        "pi05",
+        lambda folder: write_pi0_tokenizer(folder / "tokenizer.json", line_feed=109),
+        "is [109], expected [108]; this is not PaliGemma's tokenizer",
+    ),
+    "larger tokenizer": (
+        "pi05",
+        lambda folder: write_pi0_tokenizer(folder / "tokenizer.json", size=1025),
+        "is a tokenizer of 1025 tokens, the network knows 1024",
+    ),
+    "broken tokenizer": (
+        "pi0",
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "cannot be read as a tokenizer",
+    ),
+    "bitsandbytes": (
+        "openvla",
+        config(quantization_config=BITSANDBYTES),
+        "these weights are quantised (bitsandbytes)",
+    ),
+    "GPTQ": (
+        "pi05",
+        config(quantization_config={"quant_method": "gptq"}),
+        "these weights are quantised (gptq)",
+    ),
+    "AWQ": ("diffusion", config(quantization_config={"quant_method": "awq"}), "are quantised (awq)"),
+    "integers": (
+        "pi0",
+        tensors(lambda held: held.update({f"{GATE}.qweight": torch.zeros(2, 2, dtype=torch.int32)})),
+        "is stored as I32, expected one of BF16, F16, F32, F64; integers are what bitsandbytes, GPTQ or AWQ",
+    ),
+    "missing": ("pi0", tensors(lambda held: held.pop(UP)), f"{UP} is missing; expected the tensors of pi-0"),
+    "missing that says a size": ("pi05", tensors(lambda held: held.pop(GATE)), f"{GATE} is missing"),
+    "extra": (
+        "pi05",
+        tensors(lambda held: held.update({"value_head.weight": torch.zeros(2)})),
+        "value_head.weight is not of this network",
+    ),
+    "mis-shaped": (
+        "pi0",
+        tensors(lambda held: held.update({UP: torch.zeros(3, 16)})),
+        f"{UP} has shape [3, 16], expected [24, 16]",
+    ),
+    "OpenVLA extra": (
+        "openvla",
+        lambda folder: openvla_tiny.write_weights(
+            folder, openvla_tiny.random_tensors() | {"head": torch.zeros(1)}, shards=3
+        ),
+        "has the tensor head, which OpenVLA's layout lacks",
+    ),
+    "statistics without quantiles": (
+        "pi05",
+        stats(actions={k: STATS["actions"][k] for k in ("mean", "std")}),
+        "lacks norm_stats.actions.q01",
+    ),
+    "another robot": (
+        "pi0",
+        stats(state={"mean": [0.0] * 6, "std": [1.0] * 6}),
+        "norm_stats.state are of 6 dimensions, LIBERO's robot has 8",
+    ),
+    "no horizon": (
+        "pi0",
+        lambda folder: (folder / "config.json").write_text(json.dumps(HEADS)),
+        "action_horizon or chunk_size is None, expected how many actions the network makes at once",
+    ),
+    "no OpenVLA statistics": ("openvla", config(norm_stats=None), "no action statistics"),
+    "no room for a mask": (
+        "diffusion",
+        lambda folder: openvla_tiny.write_checkpoint(
+            folder,
+            config={**openvla_tiny.CONFIG, **ONE_SPARE},
+            tensors=openvla_tiny.random_tensors({**openvla_tiny.CONFIG, **ONE_SPARE}),
+        ),
+        "the vocabulary of 32001 ids has none left for [MASK]",
+    ),
+}
+ONE_SPARE = {
+    "pad_to_multiple_of": 1,
+    "text_config": openvla_tiny.CONFIG["text_config"] | {"vocab_size": 32001},
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_folder_that_will_not_do_is_one_line(
+    name: str, own: Callable[[str], PolicyPart], tmp_path: Path
+) -> None:
+    """Found before anything starts, and likewise by whoever builds the policy."""
+    kind, spoil, said = REFUSALS[name]
+    part = own(kind)
+    spoil(tmp_path / "folder")
+    with pytest.raises(PublishedError) as refusal:
+        check_published(part)
+    text = str(refusal.value)
+    assert said in text
+    assert str(tmp_path / "folder") in text
+    assert "\n" not in text
+    with pytest.raises(PublishedError) as built:
+        published_policy(part, device=CPU)
+    assert str(built.value) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("openvla", {"chunk": 8}, "policy.chunk is 8; a published OpenVLA decides one action at a time"),
+        (
+            "openvla",
+            {"unnorm_key": "libero_object"},
+            "no statistics for unnorm_key 'libero_object', nearest is 'libero_object_no_noops'",
+        ),
+        ("diffusion", {"unnorm_key": None}, "statistics of 2 data sets; name one as unnorm_key"),
+        ("pi05", {"chunk": 6}, "policy.chunk is 6, "),
+        ("pi05", {"flow": FlowPart(version="pi0")}, "is pi0.5 and policy.flow.version is pi0; set"),
+        ("pi0", {"flow": FlowPart()}, "is pi0 and policy.flow.version is pi0.5; set"),
+    ],
+)
+def test_a_setting_that_contradicts_the_folder_is_one_line(
+    kind: str, change: dict[str, Any], said: str, known: dict[str, PolicyPart]
+) -> None:
+    part = known[kind].model_copy(update=change)
+    for check in (check_published, lambda p: published_policy(p, device=CPU)):
+        with pytest.raises(PublishedError) as refusal:
+            check(part)
+        assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["openvla", "pi0"])
+def test_the_check_does_not_read_the_weights(
+    kind: str, own: Callable[[str], PolicyPart], tmp_path: Path
+) -> None:
+    """Infinite numbers are not seen by it, only by whoever reads them."""
+    part = own(kind)
+    tensors(lambda held: [t.fill_(torch.inf) for t in held.values()])(tmp_path / "folder")
+    assert check_published(part) > 0
+    with pytest.raises(PublishedError, match="non-finite values"):
+        published_policy(part, device=CPU)
+    published_policy(part, device=CPU, filled=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.unnorm_key=x"], "unnorm_key means something with policy.checkpoint alone"),
+        (["policy.dtype=bfloat16"], "dtype means something with policy.checkpoint alone"),
+        (["policy.flow.delta_actions=true"], "flow.delta_actions means something with policy.checkpoint"),
+        (["policy.checkpoint=x"], "bins contradicts policy.checkpoint"),
+        (["policy.checkpoint=x", "policy.bins=256", "policy.decoder.width=32"], "decoder contradicts"),
+        (["policy.checkpoint=x", "policy.bins=256", "policy.flow.expert_mlp=32"], "flow.expert_mlp contra"),
+        (["policy.checkpoint=x", "policy.bins=256", "policy.norm_stats=y"], "norm_stats is not for a"),
+        (
+            ["policy.checkpoint=x", "policy.bins=256", "policy.paradigm=flow", "policy.unnorm_key=y"],
+            "unnorm_key is not for a",
+        ),
+        (["supervised.steps=0"], "supervised.steps=0 starts from random weights"),
+        (
+            ["policy.checkpoint=x", "policy.bins=256", "policy.dtype=bfloat16"],
+            "supervised.steps=600 on policy.dtype=bfloat16",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(QUICKSTART, overrides)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_demonstrations_are_needed_by_what_learns_from_them() -> None:
+    published = ["policy.checkpoint=x", "policy.bins=256", "supervised.steps=0"]
+    assert load_recipe(QUICKSTART).demonstrated
+    assert load_recipe(QUICKSTART, ["preference.demo_weight=0"]).demonstrated
+    assert load_recipe(QUICKSTART, published).demonstrated
+    assert not load_recipe(QUICKSTART, [*published, "preference.demo_weight=0"]).demonstrated
+
+
+def test_the_command_line_says_it_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    settings = ["policy.bins=256", "policy.chunk=1", "supervised.steps=0", f"root={tmp_path / 'runs'}"]
+    done = CliRunner().invoke(
+        launch.app, ["train", str(QUICKSTART), f"policy.checkpoint={tmp_path / 'none'}", *settings]
+    )
+    assert done.exit_code == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("pairloom: policy.checkpoint: ")
+    assert "has no config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,87 @@
+"""What published sizes take: the memory table's numbers, and the measuring of real-size networks, at tiny size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory, real_size
+from configs.loader import load_recipe
+from policies.openvla_layout import openvla_layout
+from tests import openvla_tiny
+from tests.published_tiny import PI0
+
+ROOT = Path(__file__).parents[1]
+ROWS = {row["recipe"]: row for row in map(memory.measure, map(load_recipe, memory.RECIPES))}
+OPENVLA, PI0_SIZE, PI05 = 7_541_237_184, 3_238_048_528, 3_353_433_872
+
+
+def test_the_table_is_of_the_published_networks() -> None:
+    assert {name: row["parameters"] for name, row in ROWS.items()} == {
+        "openvla_libero": OPENVLA,
+        "pi0_libero": PI0_SIZE,
+        "pi05_libero": PI05,
+        "ddvla_libero": OPENVLA,
+    }
+
+
+def test_bytes_follow_from_the_recipe() -> None:
+    openvla, pi05, ddvla = (ROWS[f"{name}_libero"] for name in ("openvla", "pi05", "ddvla"))
+    assert openvla["weights"] == 2 * OPENVLA
+    assert openvla["policy_actor"] == 4 * OPENVLA
+    assert openvla["shards"] == 8 * OPENVLA
+    assert openvla["supervised"] == 0
+    assert ddvla["supervised"] == 16 * OPENVLA
+    assert openvla["context"] == 256 * 4096 * 2
+    assert pi05["context"] == 2 * 256 * 2048 * 2
+    # LoRA of rank 32 on the seven linears of 32 Llama layers: attention 4096 to 4096, MLP 4096 to 11008.
+    rank, width, mlp = 32, 4096, 11008
+    factors = 32 * rank * (4 * 2 * width + 3 * (width + mlp))
+    adapted = 32 * (4 * width * width + 3 * width * mlp)
+    assert openvla["adapter_parameters"] == factors
+    assert openvla["update"] == 2 * OPENVLA + 7 * 4 * factors + 2 * 2 * adapted
+
+
+def test_the_recorded_table_is_what_the_recipes_give() -> None:
+    recorded = json.loads((ROOT / "docs/benchmarks/memory.json").read_text())
+    assert recorded["rows"] == list(ROWS.values())
+
+
+def test_the_readme_quotes_the_recorded_table() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for row in ROWS.values():
+        name, _, *cells = memory.shown(row)
+        assert f"| `{name}` | {' | '.join(cells)} |" in readme
+
+
+def test_without_a_cuda_device_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.real_size"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "pairloom: benchmarks.real_size needs a CUDA device, and torch finds none here\n"
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_what_is_measured_runs_at_tiny_size(name: str) -> None:
+    cpu = torch.device("cpu")
+    if name == "openvla":
+        layout = openvla_layout(openvla_tiny.CONFIG, where="test")
+        policy = real_size.openvla(layout, cpu, torch.bfloat16)
+    else:
+        config = replace(PI0, adaptive=True)
+        policy = real_size.pi05(config, cpu, torch.bfloat16)
+    assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
+    parameters = sum(p.numel() for p in policy.module.parameters())
+    found = real_size.measure(policy, image_size=28, batches=[1, 2], micro_batch=2, repeats=1)
+    assert found["parameters"] == parameters
+    assert set(found) == {"parameters", "act_1", "score_1", "act_2", "score_2", "preference_step"}
+    assert all(found[key]["ms"] > 0 for key in found if key != "parameters")
