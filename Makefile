@@ -70,7 +70,7 @@ format: setup  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 
 benchmarks: setup  ## the speed benchmarks, a table and docs/benchmarks/*.json each (benchmarks.learning takes hours and is run by hand)
-	@for name in rollouts serving learner broadcast; do \
+	@for name in rollouts serving learner broadcast memory; do \
 		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" --output "docs/benchmarks/$$name.json"; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays
