@@ -77,14 +77,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     ):
         stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
         warnings = _differences_from(path, stack)
-        crew.start_serving(
-            recipe.serving,
-            policy=recipe.policy,
-            image_size=recipe.environment.image_size,
-            start_checkpoint=str((start / "checkpoints" / "start").resolve()),
-            saved=str(folder.checkpoints.resolve()),
-            num_shards=recipe.learner.parameter_shards,
-        )
+        _start_serving(crew, folder, recipe, start)
         published, content_hash = crew.server.publish(adapter, version=version)
         _check_hash(path, start, version, content_hash)
         temperature = recipe.evaluation.temperature
@@ -108,6 +101,17 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         "differs_from_published": stack["differs_from_published"],
         "warnings": warnings,
     }
+
+
+def _start_serving(crew: Crew, folder: RunFolder, recipe: Recipe, start: Path) -> None:
+    crew.start_serving(
+        recipe.serving,
+        policy=recipe.policy,
+        image_size=recipe.environment.image_size,
+        start_checkpoint=str((start / "checkpoints" / "start").resolve()),
+        saved=str(folder.checkpoints.resolve()),
+        num_shards=recipe.learner.parameter_shards,
+    )
 
 
 def _rates(out: Outcomes) -> dict[str, Any]:

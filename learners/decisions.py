@@ -144,7 +144,7 @@ class DecisionPool:
             batch=replace(batch, agentview_BHWC=images, wrist_BHWC=images),
             context=context,
             reference=reference.to(batch.chunk_BL.device),
-            executed=_executed(trajectory, batch).to(batch.chunk_BL.device),
+            executed=_executed(trajectory, self._policy.tokens).to(batch.chunk_BL.device),
         )
 
     def _scored(
@@ -163,9 +163,8 @@ def noise_keys(places: torch.Tensor, noise: int) -> torch.Tensor:
     return places * NOISE_DRAWS + noise
 
 
-def _executed(trajectory: Trajectory, batch: DecisionBatch) -> torch.Tensor:
-    """1 at the elements of executed actions, float32 [decisions, L]; an action's elements lie side by side."""
-    length = batch.chunk_BL.shape[1]
+def _executed(trajectory: Trajectory, length: int) -> torch.Tensor:
+    """1 at the elements of executed actions, float32 [decisions, length]; an action's elements lie side by side."""
     shares = [d.executed * length // len(d.sample.actions) for d in trajectory.decisions]
     return (torch.arange(length) < torch.tensor(shares)[:, None]).float()
 
