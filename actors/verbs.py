@@ -79,7 +79,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
         warnings = _differences_from(path, stack)
         _start_serving(crew, folder, recipe, start)
         published, content_hash = crew.server.publish(adapter, version=version)
-        _check_hash(path, start, version, content_hash)
+        check_hash(path, start, version, content_hash)
         temperature = recipe.evaluation.temperature
         out = drive(
             crew,
@@ -138,7 +138,7 @@ def _cells(recipe: Recipe, manifest: str) -> tuple[Cell, ...]:
     raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
 
 
-def _check_hash(path: Path, start: Path, version: int, content_hash: str) -> None:
+def check_hash(path: Path, start: Path, version: int, content_hash: str) -> None:
     """Raise CheckpointError unless these are the weights that the run published under this version: another run may
     have trained a start of the same name since."""
     lines = [m for m in read_journal(path / "metrics.jsonl") if m["stage"] == "published"]

@@ -265,9 +265,7 @@ def test_a_second_process_is_told_who_has_the_store_and_a_dead_one_is_succeeded(
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "open\n"
-    with pytest.raises(
-        StoreError, match=rf"is in use by process {holder.pid} on .+; one process owns it"
-    ):
+    with pytest.raises(StoreError, match=rf"is in use by process {holder.pid} on .+; one process owns it"):
         PreferenceStore(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
