@@ -14,7 +14,7 @@ from learners.checkpoint import load_checkpoint, save_checkpoint
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
-from policies.weights import state_tensors
+from policies.weights.snapshots import state_tensors
 from preferences.pairing import PairCounts
 from preferences.store import PreferenceStore
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot

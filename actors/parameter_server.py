@@ -20,8 +20,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from learners.checkpoint import CheckpointReader, load_checkpoint
-from policies.adapters import adapter_from_tensors
-from policies.merging import drift, merge
+from policies.weights.adapters import adapter_from_tensors
+from policies.weights.merging import drift, merge
 from trajectories.hashing import root_hash, tensor_hash
 from trajectories.records import AdapterWeights, WeightSnapshot
 
@@ -81,7 +81,7 @@ class ShardServer:
         self._drifts = {v: found for v, found in self._drifts.items() if v in keep}
 
     def drift(self, version: int) -> float:
-        """Of a version that is held; see `policies.merging.drift`."""
+        """Of a version that is held; see `policies.weights.merging.drift`."""
         self.pull(version)
         return self._drifts[version]
 
@@ -188,7 +188,7 @@ class ParameterServer:
 
     def drift(self, version: int) -> float:
         """The largest relative change of a layer's output that merging and rounding made in this version, over all
-        shards; see `policies.merging.drift`. Raises ParameterServerError when a shard is gone for good."""
+        shards; see `policies.weights.merging.drift`. Raises ParameterServerError when a shard is gone for good."""
         try:
             return max(ray.get([shard.drift.remote(version) for shard in self.shards]))
         except RayActorError as error:

@@ -29,7 +29,7 @@ from configs.schema import ServingPart
 from policies.autoregressive import AutoregressivePolicy, Engine
 from policies.make import make_policy
 from policies.protocol import Policy
-from policies.weights import state_tensors
+from policies.weights.snapshots import state_tensors
 from trajectories.hashing import weights_hash
 from trajectories.records import ActionSample, Observation
 
@@ -167,7 +167,7 @@ class PolicyServer:
         policy = make_policy(self._part, image_size=self._image_size, seed=0, device=_device(), filled=False)
         if self._serving.engine == "vllm":
             # vLLM is an extra, and importing it takes seconds.
-            from policies.vllm_engine import VllmEngine
+            from policies.decoding.vllm_engine import VllmEngine
 
             assert isinstance(policy, AutoregressivePolicy)  # the recipe was checked
             if self._engine is None:

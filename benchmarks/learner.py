@@ -30,9 +30,9 @@ from configs.policy import PolicyPart
 from configs.schema import AdapterPart, PreferencePart
 from learners.decisions import SCORE_BATCH, DecisionPool
 from learners.terms import Draw, Side, accumulate_gradients
-from policies import adapters
 from policies.make import make_policy
 from policies.protocol import Policy
+from policies.weights import adapters
 from trajectories.records import ActionSample, Cell, Decision, Observation, Outcome, Trajectory
 
 IMAGE_SIZE = 64

@@ -33,8 +33,8 @@ from benchmarks.fingerprint import write_json
 from benchmarks.published_sizes import context_numbers, published_network
 from configs.loader import load_recipe
 from configs.schema import Recipe
-from policies import adapters
 from policies.published import DTYPES
+from policies.weights import adapters
 
 RECIPES = tuple(Path("configs") / f"{name}_libero.yaml" for name in ("openvla", "pi0", "pi05", "ddvla"))
 GIB = 1 << 30

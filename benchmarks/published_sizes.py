@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from configs.policy import PolicyPart
-from policies.openvla_layout import OpenVLALayout, openvla_layout
-from policies.pi0 import Pi0Network
-from policies.pi0_sizes import PI0, PI05
+from policies.openvla.layout import OpenVLALayout, openvla_layout
+from policies.pi0.network import Pi0Network
+from policies.pi0.sizes import PI0, PI05
 
 OPENVLA_7B: dict[str, Any] = {
     "model_type": "openvla",

@@ -28,16 +28,16 @@ from configs.policy import FlowPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.preference import PreferenceLearner
 from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.modules import ModuleDecoder
+from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
-from policies.flow_inputs import PlainInputs
-from policies.module_decoding import ModuleDecoder
-from policies.openvla_actions import ActionStatistics, OpenVLAActions
-from policies.openvla_images import libero_view
-from policies.openvla_layout import OpenVLALayout
-from policies.pi0 import Pi0Network
-from policies.pi0_sizes import PI05, Pi0Config
+from policies.openvla.actions import ActionStatistics, OpenVLAActions
+from policies.openvla.images import libero_view
+from policies.openvla.layout import OpenVLALayout
+from policies.pi0.inputs import PlainInputs
+from policies.pi0.network import Pi0Network
+from policies.pi0.sizes import PI05, Pi0Config
 from policies.protocol import Policy
-from policies.text import PromptTokenizer
 from trajectories.records import Cell, Decision, Observation, Outcome, PreferencePair, Trajectory
 
 PROMPT = "pick up the alphabet soup and place it in the basket"

@@ -27,9 +27,9 @@ from transformers import DynamicCache
 from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.policy import PolicyPart
 from policies.autoregressive import AutoregressivePolicy, decode
-from policies.decoding import PackedDecoder
+from policies.decoding.packed import PackedDecoder
 from policies.make import make_policy
-from policies.openvla import OpenVLA
+from policies.openvla.network import OpenVLA
 from trajectories.records import ActionSample, Observation
 
 IMAGE_SIZE = 64

@@ -32,7 +32,7 @@ from policies.make import make_policy
 from trajectories.records import ActionSample, Observation
 
 if TYPE_CHECKING:
-    from policies.vllm_engine import VllmEngine
+    from policies.decoding.vllm_engine import VllmEngine
 
 SIZES = {
     "tiny": PolicyPart(bins=21),
@@ -79,7 +79,7 @@ def measure(
 def measure_size(part: PolicyPart, batches: Sequence[int], repeats: int) -> dict[str, Any]:
     """The rows of one size, and the milliseconds of a hand-over."""
     # An extra: `main` has seen to it that it is installed.
-    from policies.vllm_engine import VllmEngine
+    from policies.decoding.vllm_engine import VllmEngine
 
     policy, candidate = make(part, 0), make(part, 1)
     network, torchs = policy.network, policy.engine

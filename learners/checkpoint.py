@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from policies.weights import to_array, to_tensor
+from policies.weights.snapshots import to_array, to_tensor
 
 logger = logging.getLogger(__name__)
 

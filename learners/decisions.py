@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from policies import adapters
 from policies.protocol import DecisionBatch, Policy
+from policies.weights import adapters
 from trajectories.records import Trajectory
 
 SCORE_BATCH = 64

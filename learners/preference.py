@@ -16,8 +16,8 @@ from learners.credit import credits, decisive
 from learners.decisions import DecisionPool, stack
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
 from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio
-from policies import adapters
 from policies.protocol import Policy
+from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
 
 OnStep = Callable[[int, dict[str, float]], None]

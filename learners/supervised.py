@@ -10,8 +10,8 @@ import torch
 
 from configs.schema import SupervisedPart
 from learners.decisions import concatenate, stack, take
+from policies.openvla.vision import shift_images
 from policies.protocol import Policy
-from policies.vision import shift_images
 from trajectories.records import Trajectory
 
 

@@ -1,7 +1,7 @@
 """The autoregressive policy: an action chunk is decoded token by token, and its log-probability is exact.
 
 The distribution is the decoder's softmax over the action tokens alone, in sampling and in scoring alike. An `Engine`
-does the decoding: torch (`TorchEngine`), or vLLM (`policies.vllm_engine`).
+does the decoding: torch (`TorchEngine`), or vLLM (`policies.decoding.vllm_engine`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from policies.action_tokens import ActionTokens, check_chunks, encode_chunk
-from policies.decoding import PackedDecoder
-from policies.module_decoding import ModuleDecoder
-from policies.observations import ObservationBatch, Prompts, stack_observations
-from policies.openvla import OpenVLA, token_logps
+from policies.decoding.modules import ModuleDecoder
+from policies.decoding.packed import PackedDecoder
+from policies.encoding.action_tokens import ActionTokens, check_chunks, encode_chunk
+from policies.encoding.observations import ObservationBatch, Prompts, stack_observations
+from policies.openvla.network import OpenVLA, token_logps
 from policies.protocol import DecisionBatch, with_chunks
-from policies.weights import load_snapshot
+from policies.weights.snapshots import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
 
@@ -191,7 +191,7 @@ class AutoregressivePolicy:
         return {}
 
     def load(self, snapshot: WeightSnapshot) -> None:
-        """Copy merged weights in; see `policies.weights.load_snapshot`."""
+        """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
 
     def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:

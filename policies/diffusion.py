@@ -19,12 +19,12 @@ from torch import nn
 
 from configs.policy import DiffusionPart
 from objectives import masked_diffusion
-from policies.action_tokens import ActionTokens, check_chunks, encode_chunk
-from policies.observations import ObservationBatch, Prompts, stack_observations
-from policies.openvla import OpenVLA
-from policies.prefix import PrefixCache, attention_mask, positions
+from policies.decoding.prefix import PrefixCache, attention_mask, positions
+from policies.encoding.action_tokens import ActionTokens, check_chunks, encode_chunk
+from policies.encoding.observations import ObservationBatch, Prompts, stack_observations
+from policies.openvla.network import OpenVLA
 from policies.protocol import DecisionBatch, with_chunks
-from policies.weights import load_snapshot
+from policies.weights.snapshots import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
 
@@ -143,7 +143,7 @@ class DiffusionPolicy:
         return {}
 
     def load(self, snapshot: WeightSnapshot) -> None:
-        """Copy merged weights in; see `policies.weights.load_snapshot`."""
+        """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
 
     def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:

@@ -25,12 +25,12 @@ from torch import nn
 
 from configs.policy import FlowPart
 from objectives import flow_matching
-from policies.flow_inputs import FlowInputs
-from policies.observations import ObservationBatch
-from policies.pi0 import Pi0Network
-from policies.prefix import PrefixCache
+from policies.decoding.prefix import PrefixCache
+from policies.encoding.observations import ObservationBatch
+from policies.pi0.inputs import FlowInputs
+from policies.pi0.network import Pi0Network
 from policies.protocol import DecisionBatch, with_chunks
-from policies.weights import load_snapshot
+from policies.weights.snapshots import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
 GRIPPER = 6
@@ -151,7 +151,7 @@ class FlowPolicy:
         return {"velocity_error": self.variance}
 
     def load(self, snapshot: WeightSnapshot) -> None:
-        """Copy merged weights in; see `policies.weights.load_snapshot`."""
+        """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
 
     def _image_tokens(self, seen: ObservationBatch) -> torch.Tensor:

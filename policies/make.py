@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 
 from configs.policy import PolicyPart
-from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy
 from policies.diffusion import DiffusionPolicy
+from policies.encoding.action_tokens import ActionTokenizer
+from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
-from policies.flow_inputs import STATE_BINS, PlainInputs
-from policies.openvla import OpenVLA, llama
-from policies.pi0 import Pi0Network
-from policies.pi0_sizes import Pi0Config, StreamSize, VisionSize
+from policies.openvla.network import OpenVLA, llama
+from policies.openvla.vision import SiglipTower, VisionBackbone
+from policies.pi0.inputs import STATE_BINS, PlainInputs
+from policies.pi0.network import Pi0Network
+from policies.pi0.sizes import Pi0Config, StreamSize, VisionSize
 from policies.protocol import Policy
 from policies.published import published_policy
-from policies.text import PromptTokenizer
-from policies.vision import SiglipTower, VisionBackbone
 from trajectories.records import PROPRIO_DIM
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from policies.observations import ObservationBatch
+from policies.encoding.observations import ObservationBatch
 from trajectories.records import ActionSample, Observation, WeightSnapshot
 
 

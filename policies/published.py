@@ -15,11 +15,11 @@ import torch
 
 from configs.policy import PolicyPart
 from policies.flow import FlowPolicy
-from policies.flow_inputs import PublishedInputs
-from policies.openvla_checkpoint import open_openvla
-from policies.openvla_policy import mask_id, openvla_actions, openvla_diffusion_policy, openvla_policy
-from policies.pi0 import Pi0Network
-from policies.pi0_folder import Pi0Folder, open_pi0
+from policies.openvla.checkpoint import open_openvla
+from policies.openvla.policy import mask_id, openvla_actions, openvla_diffusion_policy, openvla_policy
+from policies.pi0.folder import Pi0Folder, open_pi0
+from policies.pi0.inputs import PublishedInputs
+from policies.pi0.network import Pi0Network
 from policies.protocol import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from policies.openvla_layout import openvla_layout
-from policies.openvla_prompts import SPACE, SPACE_ID
-from policies.text import WORDS
+from policies.encoding.prompts import WORDS
+from policies.openvla.layout import openvla_layout
+from policies.openvla.prompts import SPACE, SPACE_ID
 
 TEXT_IDS = 32000
 SIDE = 28

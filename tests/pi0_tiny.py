@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from policies.pi0 import Pi0Network
-from policies.pi0_checkpoint import Layout
-from policies.pi0_sizes import Pi0Config, StreamSize, VisionSize
-from policies.prefix import Prefix
+from policies.decoding.prefix import Prefix
+from policies.pi0.checkpoint import Layout
+from policies.pi0.network import Pi0Network
+from policies.pi0.sizes import Pi0Config, StreamSize, VisionSize
 
 TINY = Pi0Config(
     adaptive=False,

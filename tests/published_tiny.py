@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from configs.policy import FlowPart, PolicyPart
-from policies.pi0 import Pi0Network
-from policies.pi0_checkpoint import LAYOUTS
-from policies.text import WORDS
+from policies.encoding.prompts import WORDS
+from policies.pi0.checkpoint import LAYOUTS
+from policies.pi0.network import Pi0Network
 from tests import openvla_tiny
 from tests.pi0_tiny import TINY, in_layout
 from trajectories.records import Observation

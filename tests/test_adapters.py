@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.schema import AdapterPart
-from policies import adapters, merging
+from policies.weights import adapters, merging
 from trajectories.records import AdapterWeights
 
 SHARED = Path(os.environ.get("PAIRLOOM_SHARED", Path(__file__).parents[1].parent / "shared"))

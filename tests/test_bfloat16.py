@@ -12,9 +12,9 @@ from torch import nn
 
 from configs.schema import AdapterPart
 from learners.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
-from policies import adapters
-from policies.merging import DRIFT_LIMIT, drift, merge
-from policies.weights import load_snapshot, state_tensors, to_array, to_tensor
+from policies.weights import adapters
+from policies.weights.merging import DRIFT_LIMIT, drift, merge
+from policies.weights.snapshots import load_snapshot, state_tensors, to_array, to_tensor
 from trajectories.bfloat16 import BFLOAT16, is_finite, narrow, widen
 from trajectories.hashing import tensor_hash
 from trajectories.records import AdapterWeights, WeightSnapshot

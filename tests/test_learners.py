@@ -16,9 +16,9 @@ from learners.preference import PreferenceLearner
 from learners.report import Tripwire
 from learners.supervised import SupervisedLearner, schedule
 from learners.terms import Draw, Side, accumulate_gradients
-from policies import adapters
 from policies.make import make_policy
 from policies.protocol import Policy
+from policies.weights import adapters
 from trajectories.records import (
     ActionSample,
     Cell,

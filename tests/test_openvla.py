@@ -20,28 +20,28 @@ from safetensors.torch import load_file, save_file
 
 from configs.policy import DecoderPart, VisionPart
 from configs.schema import AdapterPart
-from policies import adapters
-from policies.action_tokens import ActionTokenizer
 from policies.autoregressive import AutoregressivePolicy, decode
-from policies.decoding import PackedDecoder
-from policies.module_decoding import ModuleDecoder
-from policies.openvla import OpenVLA, llama
-from policies.openvla_actions import (
+from policies.decoding.modules import ModuleDecoder
+from policies.decoding.packed import PackedDecoder
+from policies.encoding.action_tokens import ActionTokenizer
+from policies.openvla.actions import (
     ActionStatistics,
     OpenVLAActions,
     action_statistics,
     from_libero_gripper,
     to_libero_gripper,
 )
-from policies.openvla_checkpoint import OpenVLACheckpoint, load_openvla
-from policies.openvla_images import crop_centre, jpeg_round_trip, libero_view, resize_lanczos
-from policies.openvla_layout import DINOV2, SIGLIP, openvla_layout
-from policies.openvla_policy import greedy_over_vocabulary, openvla_policy, score_over_vocabulary
+from policies.openvla.checkpoint import OpenVLACheckpoint, load_openvla
+from policies.openvla.images import crop_centre, jpeg_round_trip, libero_view, resize_lanczos
+from policies.openvla.layout import DINOV2, SIGLIP, openvla_layout
+from policies.openvla.network import OpenVLA, llama
+from policies.openvla.policy import greedy_over_vocabulary, openvla_policy, score_over_vocabulary
+from policies.openvla.towers import TimmBackbone, TimmTower
+from policies.openvla.vision import SiglipTower, VisionBackbone
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
 from policies.protocol import DecisionBatch
-from policies.vision import SiglipTower, VisionBackbone
-from policies.vision_towers import TimmBackbone, TimmTower
+from policies.weights import adapters
 from tests import openvla_tiny as tiny
 from trajectories.records import Observation
 

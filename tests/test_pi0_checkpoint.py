@@ -17,10 +17,10 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 from transformers import PI0ForConditionalGeneration
 
-from policies.norm_stats import NormStats, normalise, pad_dims, read_norm_stats, unnormalise
-from policies.pi0 import Pi0Network
-from policies.pi0_checkpoint import LAYOUTS, load_pi0
-from policies.pi0_sizes import pi0_config
+from policies.pi0.checkpoint import LAYOUTS, load_pi0
+from policies.pi0.network import Pi0Network
+from policies.pi0.norm_stats import NormStats, normalise, pad_dims, read_norm_stats, unnormalise
+from policies.pi0.sizes import pi0_config
 from tests.pi0_tiny import TINY, in_layout, tiny_network
 
 JOINT = "paligemma_with_expert."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.pi0_inputs import (
+from policies.pi0.preprocessing import (
     clean_instruction,
     prompt_ids,
     resize_with_pad,

@@ -10,9 +10,9 @@ import torch
 
 from configs.schema import AdapterPart
 from objectives import dpo
-from policies import adapters
 from policies.protocol import Policy
-from policies.weights import state_tensors
+from policies.weights import adapters
+from policies.weights.snapshots import state_tensors
 from tests.paradigms import PARADIGMS, SURROGATES, new, observations
 from trajectories.records import Observation, WeightSnapshot
 

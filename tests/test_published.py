@@ -21,19 +21,19 @@ from configs.policy import FlowPart, PolicyPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
-from policies import adapters
 from policies.diffusion import DiffusionPolicy
 from policies.flow import FlowPolicy
-from policies.flow_inputs import PublishedInputs
 from policies.make import make_policy
-from policies.merging import merge
-from policies.norm_stats import normalise, pad_dims, read_norm_stats, unnormalise
-from policies.pi0_folder import open_pi0
-from policies.pi0_inputs import prompt_ids, resize_with_pad, rotate_180, to_model_range
-from policies.pi0_sizes import Pi0Config
+from policies.pi0.folder import open_pi0
+from policies.pi0.inputs import PublishedInputs
+from policies.pi0.norm_stats import normalise, pad_dims, read_norm_stats, unnormalise
+from policies.pi0.preprocessing import prompt_ids, resize_with_pad, rotate_180, to_model_range
+from policies.pi0.sizes import Pi0Config
 from policies.protocol import Policy
 from policies.published import PublishedError, check_published, located, published_policy
-from policies.weights import state_tensors
+from policies.weights import adapters
+from policies.weights.merging import merge
+from policies.weights.snapshots import state_tensors
 from tests import openvla_tiny
 from tests.published_tiny import (
     HEADS,

@@ -15,7 +15,7 @@ from actors.policy import PolicyActor
 from configs.schema import AdapterPart, GuardPart, PreferencePart, ServingPart, SupervisedPart
 from learners.checkpoint import CheckpointReader
 from policies.make import make_policy
-from policies.weights import state_tensors
+from policies.weights.snapshots import state_tensors
 from tests.published_tiny import observations, parts
 from tests.test_published import CPU, episode
 from trajectories.bfloat16 import BFLOAT16

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import memory, real_size
 from configs.loader import load_recipe
-from policies.openvla_layout import openvla_layout
+from policies.openvla.layout import openvla_layout
 from tests import openvla_tiny
 from tests.published_tiny import PI0
 

@@ -18,16 +18,16 @@ from actors.policy import PolicyActor
 from configs.policy import PolicyPart
 from configs.schema import AdapterPart, LearnerPart, RolloutPart, ServingPart
 from learners.checkpoint import save_checkpoint
-from policies import adapters
 from policies.autoregressive import AutoregressivePolicy, Engine
 from policies.make import make_policy
-from policies.merging import merge
-from policies.weights import state_tensors
+from policies.weights import adapters
+from policies.weights.merging import merge
+from policies.weights.snapshots import state_tensors
 from trajectories.hashing import weights_hash
 from trajectories.records import ActionSample, AdapterWeights, Observation, WeightSnapshot
 
 if TYPE_CHECKING:
-    from policies.vllm_engine import VllmEngine
+    from policies.decoding.vllm_engine import VllmEngine
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(
@@ -66,7 +66,7 @@ def observations(count: int) -> list[Observation]:
 def engine() -> VllmEngine:
     """The one vLLM of this process."""
     # An extra: this module is collected without it.
-    from policies.vllm_engine import VllmEngine
+    from policies.decoding.vllm_engine import VllmEngine
 
     policy = make(0)
     network = policy.network
@@ -189,7 +189,7 @@ def test_a_prefix_without_room_is_refused(engine: VllmEngine) -> None:
 @pytest.mark.vllm
 def test_heads_widen_to_the_next_size_that_is_known() -> None:
     # An extra: this module is collected without it.
-    from policies.vllm_engine import served_head_size, served_weights
+    from policies.decoding.vllm_engine import served_head_size, served_weights
 
     assert [served_head_size(size, "cpu") for size in (24, 32, 65, 128)] == [32, 32, 80, 128]
     assert served_head_size(24, "cuda") == 24

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from policies import adapters, merging
 from policies.parity.fixture import Family, Fixture, FixtureError, Output, Outputs
-from policies.weights import state_tensors
+from policies.weights import adapters, merging
+from policies.weights.snapshots import state_tensors
 
 _DECODER = "model"
 _SAVED_AS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector.weight"}

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from policies.decoding.prefix import Prefix, PrefixCache, attention_mask, positions
 from policies.parity.fixture import Family, Fixture, FixtureError, Output
-from policies.pi0 import Pi0Network, noisy_chunk, velocity_errors
-from policies.pi0_checkpoint import LAYOUTS, load_pi0
-from policies.pi0_sizes import Pi0Config, StreamSize, VisionSize
-from policies.prefix import Prefix, PrefixCache, attention_mask, positions
+from policies.pi0.checkpoint import LAYOUTS, load_pi0
+from policies.pi0.network import Pi0Network, noisy_chunk, velocity_errors
+from policies.pi0.sizes import Pi0Config, StreamSize, VisionSize
 
 LOSS_RELATIVE = 1e-5
 """Losses of tens are right to float32's precision only."""

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 import torch
 
 from policies.autoregressive import decode
-from policies.module_decoding import ModuleDecoder
-from policies.openvla import OpenVLA, token_logps
-from policies.openvla_actions import action_statistics
-from policies.openvla_checkpoint import check_tensors, fill
-from policies.openvla_layout import OpenVLALayout, openvla_layout
-from policies.openvla_policy import greedy_over_vocabulary, score_over_vocabulary
+from policies.decoding.modules import ModuleDecoder
+from policies.openvla.actions import action_statistics
+from policies.openvla.checkpoint import check_tensors, fill
+from policies.openvla.layout import OpenVLALayout, openvla_layout
+from policies.openvla.network import OpenVLA, token_logps
+from policies.openvla.policy import greedy_over_vocabulary, score_over_vocabulary
+from policies.openvla.towers import TimmBackbone
 from policies.parity.fixture import Family, Fixture, FixtureError, Output, Outputs
 from policies.protocol import DecisionBatch
-from policies.vision_towers import TimmBackbone
 
 Named = Iterator[tuple[str, Output]]
 

@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.initialization import no_init_weights
 
-from policies.pi0 import Pi0Network
-from policies.pi0_sizes import Pi0Config
-from policies.weight_files import and_more, refuse_integers
+from policies.pi0.network import Pi0Network
+from policies.pi0.sizes import Pi0Config
+from policies.weights.files import and_more, refuse_integers
 
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDING = "vlm.language_model.embed_tokens.weight"

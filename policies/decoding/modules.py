@@ -1,6 +1,6 @@
 """Incremental decoding through transformers' own modules, as they stand: in any dtype, with or without an adapter,
-without a copy of the weights. What networks of billions of parameters decode with; `policies.decoding` is the quick
-form for small ones.
+without a copy of the weights. What networks of billions of parameters decode with; `policies.decoding.packed` is the
+quick form for small ones.
 
 Letters: B sequences, S cache slots, D decoder width, V ids that decoding chooses from.
 """

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from policies.action_tokens import ActionTokenizer
-from policies.openvla import OpenVLA
-from policies.openvla_actions import ActionStatistics, action_statistics
-from policies.openvla_layout import OpenVLALayout, openvla_layout
-from policies.openvla_prompts import LlamaPrompts
-from policies.weight_files import CONFIG, DTYPES, and_more, read_json, refuse_integers, refuse_quantised
+from policies.encoding.action_tokens import ActionTokenizer
+from policies.openvla.actions import ActionStatistics, action_statistics
+from policies.openvla.layout import OpenVLALayout, openvla_layout
+from policies.openvla.network import OpenVLA
+from policies.openvla.prompts import LlamaPrompts
+from policies.weights.files import CONFIG, DTYPES, and_more, read_json, refuse_integers, refuse_quantised
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 STATISTICS = "dataset_statistics.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.action_tokens import ActionTokenizer
+from policies.encoding.action_tokens import ActionTokenizer
 from trajectories.records import ACTION_DIM
 
 

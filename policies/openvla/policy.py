@@ -13,12 +13,12 @@ import torch
 
 from configs.policy import DiffusionPart
 from policies.autoregressive import AutoregressivePolicy, decode
+from policies.decoding.modules import ModuleDecoder
 from policies.diffusion import DiffusionPolicy
-from policies.module_decoding import ModuleDecoder
-from policies.openvla import OpenVLA, token_logps
-from policies.openvla_actions import OpenVLAActions
-from policies.openvla_checkpoint import OpenVLAFolder, open_openvla
-from policies.openvla_images import libero_view
+from policies.openvla.actions import OpenVLAActions
+from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
+from policies.openvla.images import libero_view
+from policies.openvla.network import OpenVLA, token_logps
 from policies.protocol import DecisionBatch
 
 

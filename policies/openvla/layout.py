@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from policies.action_tokens import ActionTokenizer
-from policies.openvla import OpenVLA
-from policies.vision_towers import TimmBackbone, TowerSizes
+from policies.encoding.action_tokens import ActionTokenizer
+from policies.openvla.network import OpenVLA
+from policies.openvla.towers import TimmBackbone, TowerSizes
 
 DINOV2 = TowerSizes(
     embed_dim=1024,

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.policy import DecoderPart
+from policies.openvla.towers import TimmBackbone
+from policies.openvla.vision import Projector, VisionBackbone
 from policies.protocol import DecisionBatch
-from policies.vision import Projector, VisionBackbone
-from policies.vision_towers import TimmBackbone
 from trajectories.records import PROPRIO_DIM
 
 # Round figures for LIBERO's Panda: reach in metres, the gripper pointing down (axis-angle near (pi, 0, 0)),

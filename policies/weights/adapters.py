@@ -127,8 +127,8 @@ def merged_forward(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _merged_weight(layer: AdaptedLinear) -> torch.Tensor:
-    """As `policies.merging.merge_tensor`, in float32 and cast once, differentiable in the factors. The row norm counts
-    as a constant in the backward pass (DoRA, section 4.3)."""
+    """As `policies.weights.merging.merge_tensor`, in float32 and cast once, differentiable in the factors. The row norm
+    counts as a constant in the backward pass (DoRA, section 4.3)."""
     factors = _factors(layer)
     base = layer.get_base_layer().weight
     direction = base + layer.scaling[_NAME] * (factors["B"] @ factors["A"])

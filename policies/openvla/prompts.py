@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from policies.text import prompt, stack_rows
+from policies.encoding.prompts import prompt, stack_rows
 
 SPACE, SPACE_ID = "▁", 29871
 """Llama 2's token of a lone space. OpenVLA saw it between every prompt and the first action token."""

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP, GemmaRotaryEmbedding
 
-from policies.pi0_sizes import MAX_PERIOD, MIN_PERIOD, NORM_EPS
-from policies.prefix import PrefixCache
+from policies.decoding.prefix import PrefixCache
+from policies.pi0.sizes import MAX_PERIOD, MIN_PERIOD, NORM_EPS
 
 
 class TimeEmbedding(nn.Module):

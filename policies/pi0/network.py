@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PaliGemmaModel, PI0ForConditionalGeneration
 
-from policies.pi0_expert import AdaptiveExpert, AdaptiveSuffix, TimeEmbedding
-from policies.pi0_sizes import Pi0Config, expert_config, paligemma_config, pi0_config
-from policies.prefix import Prefix, PrefixCache, attention_mask, positions
+from policies.decoding.prefix import Prefix, PrefixCache, attention_mask, positions
+from policies.pi0.expert import AdaptiveExpert, AdaptiveSuffix, TimeEmbedding
+from policies.pi0.sizes import Pi0Config, expert_config, paligemma_config, pi0_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Pi0Network(nn.Module):
     cameras row by row on the host, write each pass into the prefix's cache and crop it again, so that no two
     passes can share a prefix, and take the times of Euler steps as 1 + k dt where openpi sums them up, which the
     time embedding turns into 1e-4 on a chunk. pi-0.5 is not in transformers; its language model is the same
-    `PaliGemmaModel`, its expert `policies.pi0_expert`.
+    `PaliGemmaModel`, its expert `policies.pi0.expert`.
 
     State dict: `vlm.*`, `expert.*`, `suffix.*`, `action_out_proj.*`. Computes in the dtype of its parameters; chunks
     and velocities are float32.

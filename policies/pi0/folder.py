@@ -1,6 +1,6 @@
 """A folder with a published pi-0 or pi-0.5: its sizes, found without reading its weights, and what surrounds them.
 
-model.safetensors in one of the layouts of `policies.pi0_checkpoint`; config.json as openpi's converter, LeRobot or
+model.safetensors in one of the layouts of `policies.pi0.checkpoint`; config.json as openpi's converter, LeRobot or
 transformers writes it; PaliGemma's tokenizer.json; openpi's norm_stats.json, in the folder or under its assets.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from policies.norm_stats import NormStats, read_norm_stats
-from policies.pi0 import Pi0Network
-from policies.pi0_checkpoint import EMBEDDING, Headers, check_weights, load_pi0, opened
-from policies.pi0_prompts import PaligemmaPrompts
-from policies.pi0_sizes import GEMMA_2B, SO400M, Pi0Config, StreamSize, VisionSize
-from policies.weight_files import CONFIG, read_json, refuse_quantised
+from policies.pi0.checkpoint import EMBEDDING, Headers, check_weights, load_pi0, opened
+from policies.pi0.network import Pi0Network
+from policies.pi0.norm_stats import NormStats, read_norm_stats
+from policies.pi0.prompts import PaligemmaPrompts
+from policies.pi0.sizes import GEMMA_2B, SO400M, Pi0Config, StreamSize, VisionSize
+from policies.weights.files import CONFIG, read_json, refuse_quantised
 from trajectories.records import ACTION_DIM, PROPRIO_DIM
 
 HORIZON_KEYS = ("action_horizon", "chunk_size")

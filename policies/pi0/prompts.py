@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from policies.pi0_inputs import PI0_PROMPT_LENGTH, PI05_PROMPT_LENGTH, prompt_ids
-from policies.text import stack_rows
+from policies.encoding.prompts import stack_rows
+from policies.pi0.preprocessing import PI0_PROMPT_LENGTH, PI05_PROMPT_LENGTH, prompt_ids
 
 TOKENIZER = "tokenizer.json"
 BOS, BOS_ID = "<bos>", 2

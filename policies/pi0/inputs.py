@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from policies.norm_stats import normalise, pad_dims
-from policies.observations import ObservationBatch, stack_observations
-from policies.openvla import PROPRIO_MEAN, PROPRIO_STD
-from policies.pi0_folder import Pi0Folder
-from policies.pi0_inputs import libero_view
-from policies.text import PromptTokenizer
+from policies.encoding.observations import ObservationBatch, stack_observations
+from policies.encoding.prompts import PromptTokenizer
+from policies.openvla.network import PROPRIO_MEAN, PROPRIO_STD
+from policies.pi0.folder import Pi0Folder
+from policies.pi0.norm_stats import normalise, pad_dims
+from policies.pi0.preprocessing import libero_view
 from trajectories.records import ACTION_DIM, Observation
 
 STATE_BINS = 256
