@@ -26,7 +26,8 @@ import torch
 from actors.parameter_server import find_shards, pull_snapshot
 from configs.policy import PolicyPart
 from configs.schema import ServingPart
-from policies.autoregressive import AutoregressivePolicy, Engine
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.engine import Engine
 from policies.make import make_policy
 from policies.protocol import Policy
 from policies.weights.snapshots import state_tensors

@@ -26,7 +26,8 @@ from transformers import DynamicCache
 
 from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.policy import PolicyPart
-from policies.autoregressive import AutoregressivePolicy, decode
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.engine import decode
 from policies.decoding.packed import PackedDecoder
 from policies.make import make_policy
 from policies.openvla.network import OpenVLA

@@ -27,7 +27,8 @@ from rich.table import Table
 from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.serving import IMAGE_SIZE, alternate, random_observations
 from configs.policy import DecoderPart, PolicyPart
-from policies.autoregressive import AutoregressivePolicy, Engine
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.engine import Engine
 from policies.make import make_policy
 from trajectories.records import ActionSample, Observation
 

@@ -10,7 +10,7 @@ import torch
 
 from configs.schema import SupervisedPart
 from learners.decisions import concatenate, stack, take
-from policies.openvla.vision import shift_images
+from policies.encoding.observations import shift_images
 from policies.protocol import Policy
 from trajectories.records import Trajectory
 

@@ -9,14 +9,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from configs.policy import PolicyPart
+from configs.policy import DiffusionPart, PolicyPart
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.modules import ModuleDecoder
+from policies.diffusion import DiffusionPolicy
 from policies.flow import FlowPolicy
 from policies.openvla.checkpoint import open_openvla
-from policies.openvla.policy import mask_id, openvla_actions, openvla_diffusion_policy, openvla_policy
+from policies.openvla.images import libero_view
 from policies.pi0.folder import Pi0Folder, open_pi0
 from policies.pi0.inputs import PublishedInputs
 from policies.pi0.network import Pi0Network
@@ -65,6 +69,64 @@ def published_policy(part: PolicyPart, *, device: torch.device, filled: bool = T
         raise PublishedError(f"policy.checkpoint: {error}") from error
 
 
+def openvla_policy(
+    folder: str | Path,
+    *,
+    unnorm_key: str | None = None,
+    crop: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    filled: bool = True,
+) -> AutoregressivePolicy:
+    """The policy of a checkpoint folder: one action at a time, from the agentview alone.
+
+    `unnorm_key` names the data set whose statistics scale the actions, and may be left out where there is one alone;
+    `crop`: see `libero_view`; `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
+    OpenVLA's own argmax is over the whole vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds
+    an action token. Raises ValueError as `load_openvla` does.
+    """
+    found = open_openvla(folder)
+    actions = found.actions(unnorm_key)
+    return AutoregressivePolicy(
+        found.network(device=device, dtype=dtype, filled=filled),
+        prompts=found.prompts,
+        actions=actions,
+        chunk=1,
+        image_size=found.image_size,
+        view=partial(libero_view, size=found.image_size, crop=crop),
+        decoder=ModuleDecoder,
+    )
+
+
+def openvla_diffusion_policy(
+    folder: str | Path,
+    *,
+    part: DiffusionPart,
+    chunk: int,
+    unnorm_key: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    filled: bool = True,
+) -> DiffusionPolicy:
+    """A checkpoint as a policy that unmasks chunks of `chunk` actions (Discrete Diffusion VLA, arXiv 2508.20072).
+
+    [MASK] is `OpenVLAFolder.mask_id`; unless the checkpoint was trained on it, it means nothing before the supervised
+    start. Everything else as in `openvla_policy`.
+    """
+    found = open_openvla(folder)
+    actions, mask_id = found.actions(unnorm_key), found.mask_id()
+    return DiffusionPolicy(
+        found.network(device=device, dtype=dtype, filled=filled),
+        prompts=found.prompts,
+        actions=actions,
+        part=part,
+        chunk=chunk,
+        image_size=found.image_size,
+        mask_id=mask_id,
+        view=partial(libero_view, size=found.image_size),
+    )
+
+
 def check_published(part: PolicyPart) -> int:
     """Look `part.checkpoint` through without reading its weights; returns their bytes in `part.dtype`.
 
@@ -80,9 +142,9 @@ def check_published(part: PolicyPart) -> int:
                 network = Pi0Network(config)
         else:
             found = open_openvla(folder)
-            openvla_actions(found, part.unnorm_key)
+            found.actions(part.unnorm_key)
             if part.paradigm == "diffusion":
-                mask_id(found)
+                found.mask_id()
             else:
                 _one_action(part)
             network = found.layout.empty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def violations(root: Path) -> list[str]:
         found += [f"{relative}:{line}: {what}" for line, what in import_breaches(room, tree)]
         found += [f"{relative}:{line}: {what}" for line, what in hidden_imports(path, tree)]
         found += [f"{relative}:{line}: {what}" for line, what in size_breaches(path, tree)]
-    return found
+    return found + rings(root)
 
 
 def sources(root: Path) -> list[Path]:
@@ -84,6 +85,37 @@ def import_breaches(room: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield line, f"{room} may not import ray"
         if top == "torch" and room in NO_TORCH:
             yield line, f"{room} may not import torch"
+
+
+def rings(root: Path) -> list[str]:
+    """In each room, its folders (each as one) and the files beside them import in one direction."""
+    found = []
+    for room in MAY_IMPORT:
+        files = {path: part(path.relative_to(root)) for path in (root / room).rglob("*.py")}
+        graph: dict[str, set[str]] = {name: set() for name in files.values()}
+        for path, name in files.items():
+            for module in imported_names(ast.parse(path.read_text(encoding="utf-8"))):
+                graph[name] |= {part(Path(*module.split(".")))} & graph.keys() - {name}
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            # Each name here is imported by the one after it.
+            found.append(f"{room}:0: imports run in a ring: {' <- '.join(error.args[1])}")
+    return found
+
+
+def part(relative: Path) -> str:
+    """The folder of a room that a path lies in, or the file directly in the room: `policies/openvla`."""
+    return "/".join(relative.with_suffix("").parts[:2])
+
+
+def imported_names(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of what absolute imports bring in: `from a import b` is `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -196,4 +228,21 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
     for path, text in allowed.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
+    assert violations(tmp_path) == []
+
+
+def test_a_ring_among_the_folders_of_a_room_is_found(tmp_path: Path) -> None:
+    files = {
+        "policies/openvla/network.py": "import torch\n",
+        "policies/openvla/policy.py": "from policies.flow import x\n",
+        "policies/flow.py": "from policies.openvla import network\n",
+        "policies/make.py": "import policies.flow\nfrom policies.openvla.policy import y\n",
+    }
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (breach,) = violations(tmp_path)
+    assert breach.startswith("policies:0: imports run in a ring: ")
+    assert set(breach.split(": ")[-1].split(" <- ")) == {"policies/openvla", "policies/flow"}
+    (tmp_path / "policies/openvla/policy.py").write_text("from policies.openvla.network import x\n")
     assert violations(tmp_path) == []

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from configs.policy import DecoderPart, PolicyPart, VisionPart
 from configs.schema import AdapterPart
-from policies.autoregressive import AutoregressivePolicy, decode, gumbel_noise
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.engine import decode, gumbel_noise
 from policies.decoding.packed import PackedDecoder
 from policies.encoding.action_tokens import ActionTokenizer
+from policies.encoding.observations import shift_images
 from policies.encoding.prompts import PromptTokenizer
 from policies.make import make_policy
-from policies.openvla.vision import SiglipTower, VisionBackbone, shift_images
+from policies.openvla.vision import SiglipTower, VisionBackbone
 from policies.weights import adapters
 from policies.weights.snapshots import state_tensors
 from trajectories.hashing import weights_hash

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from configs.policy import DecoderPart, VisionPart
 from configs.schema import AdapterPart
-from policies.autoregressive import AutoregressivePolicy, decode
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.engine import decode
 from policies.decoding.modules import ModuleDecoder
 from policies.decoding.packed import PackedDecoder
 from policies.encoding.action_tokens import ActionTokenizer
@@ -35,12 +36,13 @@ from policies.openvla.checkpoint import OpenVLACheckpoint, load_openvla
 from policies.openvla.images import crop_centre, jpeg_round_trip, libero_view, resize_lanczos
 from policies.openvla.layout import DINOV2, SIGLIP, openvla_layout
 from policies.openvla.network import OpenVLA, llama
-from policies.openvla.policy import greedy_over_vocabulary, openvla_policy, score_over_vocabulary
 from policies.openvla.towers import TimmBackbone, TimmTower
 from policies.openvla.vision import SiglipTower, VisionBackbone
+from policies.openvla.whole_vocabulary import greedy_over_vocabulary, score_over_vocabulary
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
 from policies.protocol import DecisionBatch
+from policies.published import openvla_policy
 from policies.weights import adapters
 from tests import openvla_tiny as tiny
 from trajectories.records import Observation

@@ -18,7 +18,8 @@ from actors.policy import PolicyActor
 from configs.policy import PolicyPart
 from configs.schema import AdapterPart, LearnerPart, RolloutPart, ServingPart
 from learners.checkpoint import save_checkpoint
-from policies.autoregressive import AutoregressivePolicy, Engine
+from policies.autoregressive import AutoregressivePolicy
+from policies.decoding.engine import Engine
 from policies.make import make_policy
 from policies.weights import adapters
 from policies.weights.merging import merge

@@ -41,7 +41,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from policies.autoregressive import gumbel_noise
+from policies.decoding.engine import gumbel_noise
 
 ROOM = 1024
 """Tokens that a prefix and its chunk may have together."""
@@ -77,7 +77,7 @@ class SeededNoise(AdapterLogitsProcessor):
 
 
 class VllmEngine:
-    """Meets `policies.autoregressive.Engine`, for decoders of one architecture whatever their weights.
+    """Meets `policies.decoding.engine.Engine`, for decoders of one architecture whatever their weights.
 
     One engine a process, shared by every policy served there: vLLM keeps its parallel state process-wide and takes it
     down with the first engine that goes. Once started, it keeps `torch.set_num_threads` from having an effect.
@@ -134,7 +134,7 @@ class VllmEngine:
         seeds: Sequence[int],
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `policies.autoregressive.Engine`. Raises ValueError for a prefix too long for the engine."""
+        """See `policies.decoding.engine.Engine`. Raises ValueError for a prefix too long for the engine."""
         if max(lengths) + self._tokens > self._room:
             raise ValueError(
                 f"a prefix of {max(lengths)} tokens and a chunk of {self._tokens} exceed the {self._room} tokens that "

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from policies.encoding.action_tokens import ActionTokenizer
-from policies.openvla.actions import ActionStatistics, action_statistics
+from policies.openvla.actions import ActionStatistics, OpenVLAActions, action_statistics
 from policies.openvla.layout import OpenVLALayout, openvla_layout
 from policies.openvla.network import OpenVLA
 from policies.openvla.prompts import LlamaPrompts
@@ -51,6 +51,22 @@ class OpenVLAFolder:
     def statistics(self, unnorm_key: str | None = None) -> ActionStatistics:
         """Of one data set; without a key, of the only one. ValueError for an unknown key, with its nearest."""
         return action_statistics(self.norm_stats, unnorm_key, where=str(self.folder))
+
+    def actions(self, unnorm_key: str | None = None) -> OpenVLAActions:
+        """Its action tokens in LIBERO's units. ValueError for an unknown key, or another robot's."""
+        return OpenVLAActions(self.layout.actions, self.statistics(unnorm_key))
+
+    def mask_id(self) -> int:
+        """The first id behind the action tokens that is not the padding token's own: one of those that fill the
+        vocabulary up. Raises ValueError where there is none."""
+        layout = self.layout
+        for free in range(layout.vocab_size, layout.text["vocab_size"]):
+            if free != layout.pad_id:
+                return free
+        raise ValueError(
+            f"{self.folder}: the vocabulary of {layout.text['vocab_size']} ids has none left for [MASK] behind the "
+            f"{layout.vocab_size} of text and actions; expected a pad_to_multiple_of of 2 or more"
+        )
 
     def network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, filled: bool = True

@@ -17,15 +17,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.policy import DecoderPart
+from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD
 from policies.openvla.towers import TimmBackbone
 from policies.openvla.vision import Projector, VisionBackbone
 from policies.protocol import DecisionBatch
 from trajectories.records import PROPRIO_DIM
-
-# Round figures for LIBERO's Panda: reach in metres, the gripper pointing down (axis-angle near (pi, 0, 0)),
-# fingers 0 to 0.04 m from the middle. Constants, not statistics of a data set, so that every run shares them.
-PROPRIO_MEAN = (0.0, 0.0, 0.6, 3.0, 0.0, 0.0, 0.02, -0.02)
-PROPRIO_STD = (0.15, 0.2, 0.35, 0.5, 0.5, 0.5, 0.015, 0.015)
 
 IGNORED = -100
 """A label that asks for nothing."""
@@ -165,11 +161,6 @@ class OpenVLA(nn.Module):
         assert out.logits is not None
         assert out.hidden_states is not None
         return Reading(logits_BSV=out.logits, hidden_BSD=out.hidden_states, loss=out.loss)
-
-
-def token_logps(logits_BLV: torch.Tensor, chosen_BL: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [B, L] of the entries `chosen_BL` (0..V - 1) of each softmax."""
-    return torch.log_softmax(logits_BLV, dim=-1).gather(-1, chosen_BL.unsqueeze(-1)).squeeze(-1)
 
 
 def llama(part: DecoderPart, *, vocab_size: int, bos_id: int, pad_id: int) -> LlamaForCausalLM:

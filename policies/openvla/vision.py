@@ -92,19 +92,3 @@ class Projector(nn.Module):
     def forward(self, tokens_BND: torch.Tensor) -> torch.Tensor:
         x = self.fc2(F.gelu(self.fc1(tokens_BND)))
         return x if self.fc3 is None else self.fc3(F.gelu(x))
-
-
-def shift_images(images_BHWC: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Move each image by its own random offset in -`pixels`..`pixels`, rows and columns apart; edges repeat.
-
-    Random-shift augmentation (DrQ, arXiv 2004.13649), for supervised training only: scores are taken on
-    images as they were seen. Any dtype [B, H, W, C]; the generator lives on the CPU.
-    """
-    if pixels == 0:
-        return images_BHWC
-    batch, height, width, _ = images_BHWC.shape
-    offsets = torch.randint(-pixels, pixels + 1, (2, batch, 1), generator=generator)
-    rows = (torch.arange(height) + offsets[0]).clamp(0, height - 1).to(images_BHWC.device)
-    columns = (torch.arange(width) + offsets[1]).clamp(0, width - 1).to(images_BHWC.device)
-    image = torch.arange(batch, device=images_BHWC.device)[:, None, None]
-    return images_BHWC[image, rows[:, :, None], columns[:, None, :]]

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import torch
 
-from policies.autoregressive import decode
+from policies.decoding.engine import decode, token_logps
 from policies.decoding.modules import ModuleDecoder
 from policies.openvla.actions import action_statistics
 from policies.openvla.checkpoint import check_tensors, fill
 from policies.openvla.layout import OpenVLALayout, openvla_layout
-from policies.openvla.network import OpenVLA, token_logps
-from policies.openvla.policy import greedy_over_vocabulary, score_over_vocabulary
+from policies.openvla.network import OpenVLA
 from policies.openvla.towers import TimmBackbone
+from policies.openvla.whole_vocabulary import greedy_over_vocabulary, score_over_vocabulary
 from policies.parity.fixture import Family, Fixture, FixtureError, Output, Outputs
 from policies.protocol import DecisionBatch
 

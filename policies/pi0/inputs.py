@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from policies.encoding.observations import ObservationBatch, stack_observations
+from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD, ObservationBatch, stack_observations
 from policies.encoding.prompts import PromptTokenizer
-from policies.openvla.network import PROPRIO_MEAN, PROPRIO_STD
 from policies.pi0.folder import Pi0Folder
 from policies.pi0.norm_stats import normalise, pad_dims
 from policies.pi0.preprocessing import libero_view
