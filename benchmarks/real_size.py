@@ -33,6 +33,7 @@ from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
 from policies.openvla.actions import ActionStatistics, OpenVLAActions
 from policies.openvla.images import libero_view
+from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.layout import OpenVLALayout
 from policies.pi0.inputs import PlainInputs
 from policies.pi0.network import Pi0Network
@@ -66,15 +67,14 @@ def openvla(layout: OpenVLALayout, device: torch.device, dtype: torch.dtype) -> 
     draw_weights(network)
     unit = ActionStatistics(q01=-np.ones(7), q99=np.ones(7), mask=np.array([True] * 6 + [False]))
     size = layout.towers[0].img_size
-    return AutoregressivePolicy(
-        network,
+    inputs = OpenVLAInputs(
         prompts=WordPrompts(),
         actions=OpenVLAActions(layout.actions, unit),
         chunk=1,
         image_size=size,
         view=partial(libero_view, size=size),
-        decoder=ModuleDecoder,
     )
+    return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
 
 
 def pi05(config: Pi0Config, device: torch.device, dtype: torch.dtype) -> Policy:

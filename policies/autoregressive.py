@@ -6,7 +6,7 @@ does the decoding: torch, or vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +15,11 @@ from torch import nn
 from policies.decoding.engine import Engine, TorchEngine, token_logps
 from policies.decoding.modules import ModuleDecoder
 from policies.decoding.packed import PackedDecoder
-from policies.encoding.action_tokens import ActionTokens, check_chunks, encode_chunk
-from policies.encoding.observations import ObservationBatch, Prompts, stack_observations
+from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA
-from policies.protocol import DecisionBatch, with_chunks
+from policies.protocol import DecisionBatch, check_requests
 from policies.weights.snapshots import load_snapshot
-from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
+from trajectories.records import ActionSample, Observation, WeightSnapshot
 
 
 class AutoregressivePolicy:
@@ -38,26 +37,21 @@ class AutoregressivePolicy:
         self,
         network: OpenVLA,
         *,
-        prompts: Prompts,
-        actions: ActionTokens,
-        chunk: int,
-        image_size: int,
-        view: Callable[[np.ndarray], np.ndarray] | None = None,
+        inputs: OpenVLAInputs,
         decoder: type[PackedDecoder] | type[ModuleDecoder] = PackedDecoder,
     ) -> None:
-        """`chunk` is K; `image_size` the rows and columns that the vision towers were built for, after `view`, which
-        a camera's image goes through first."""
         self.module = network
         self.network = network
         """The same network under its own type."""
-        self.tokens = chunk * ACTION_DIM
+        self.tokens = inputs.tokens
         """L, tokens of a chunk."""
-        self._prompts = prompts
-        self._actions = actions
-        self._image_size = image_size
-        self._view = view
+        self._inputs = inputs
+        self._actions = inputs.actions
         self.engine: Engine = TorchEngine(
-            first_id=actions.first_id, stop_id=actions.stop_id, tokens=self.tokens, decoder=decoder
+            first_id=inputs.actions.first_id,
+            stop_id=inputs.actions.stop_id,
+            tokens=self.tokens,
+            decoder=decoder,
         )
         """What decodes; another may take its place."""
 
@@ -75,11 +69,8 @@ class AutoregressivePolicy:
         Temperature 0 is greedy. Log-probabilities are at temperature 1. Raises ValueError for observations that
         do not fit the network, and TypeError while an adapter sits on the decoder (merge it first).
         """
-        if len(seeds) != len(observations):
-            raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        seen = self._stack(observations)
+        check_requests(observations, seeds, temperature)
+        seen = self._inputs.stack(observations, self.network)
         image_tokens = self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC)
         prefix = self.network.embed(seen.prompt_BT, image_tokens, seen.proprio_BP)
         lengths = (seen.prompt_mask_BT.sum(dim=1) + (prefix.shape[1] - seen.prompt_BT.shape[1])).tolist()
@@ -95,13 +86,11 @@ class AutoregressivePolicy:
 
     def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
         """Stack observations and chunks int64 [L]; ValueError for one of another length or vocabulary."""
-        check_chunks(self._actions, chunks, count=len(observations), length=self.tokens)
-        chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
-        return with_chunks(self._stack(observations), chunk_BL)
+        return self._inputs.batch(observations, chunks, self.network)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
-        return encode_chunk(self._actions, actions, length=self.tokens)
+        return self._inputs.encode(actions)
 
     def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
         """Projected image tokens [B, N, D]."""
@@ -130,13 +119,3 @@ class AutoregressivePolicy:
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
-
-    def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
-        return stack_observations(
-            observations,
-            self._prompts,
-            image_size=self._image_size,
-            cameras=self.network.cameras,
-            view=self._view,
-            device=self.device,
-        )

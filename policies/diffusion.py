@@ -10,7 +10,7 @@ action bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from torch import nn
 from configs.policy import DiffusionPart
 from objectives import masked_diffusion
 from policies.decoding.prefix import PrefixCache, attention_mask, positions
-from policies.encoding.action_tokens import ActionTokens, check_chunks, encode_chunk
-from policies.encoding.observations import ObservationBatch, Prompts, stack_observations
+from policies.encoding.observations import ObservationBatch
+from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA
-from policies.protocol import DecisionBatch, with_chunks
+from policies.protocol import DecisionBatch, check_requests
 from policies.weights.snapshots import load_snapshot
-from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
+from trajectories.records import ActionSample, Observation, WeightSnapshot
 
 
 class DiffusionPolicy:
@@ -39,17 +39,13 @@ class DiffusionPolicy:
         self,
         network: OpenVLA,
         *,
-        prompts: Prompts,
-        actions: ActionTokens,
+        inputs: OpenVLAInputs,
         part: DiffusionPart,
-        chunk: int,
-        image_size: int,
         mask_id: int | None = None,
-        view: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        """`mask_id` is the id of [MASK]; none: the one after the last action's. `image_size` and `view` as in
-        `AutoregressivePolicy`. Raises ValueError when the network's vocabulary has no id for [MASK]."""
-        vocabulary = network.language_model.config.vocab_size
+        """`mask_id` is the id of [MASK]; none: the one after the last action's. Raises ValueError when the network's
+        vocabulary has no id for [MASK]."""
+        actions, vocabulary = inputs.actions, network.language_model.config.vocab_size
         mask_id = actions.stop_id if mask_id is None else mask_id
         if not actions.stop_id <= mask_id < vocabulary:
             raise ValueError(
@@ -58,13 +54,11 @@ class DiffusionPolicy:
             )
         self.module = network
         self.network = network
-        self.tokens = chunk * ACTION_DIM
-        self._prompts = prompts
+        self.tokens = inputs.tokens
+        self._inputs = inputs
         self._actions = actions
         self._part = part
-        self._image_size = image_size
         self._mask_id = mask_id
-        self._view = view
 
     @property
     def device(self) -> torch.device:
@@ -76,11 +70,8 @@ class DiffusionPolicy:
     ) -> list[ActionSample]:
         """Unmask one chunk per observation, see `objectives.masked_diffusion.parallel_decode`; `temperature` scales the
         noise on tokens and on the order they are kept in."""
-        if len(seeds) != len(observations):
-            raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        seen = self._stack(observations)
+        check_requests(observations, seeds, temperature)
+        seen = self._inputs.stack(observations, self.network)
         cache = self._prefix(seen, self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC))
         bins = self._actions.bins
         noise = masked_diffusion.decoding_noise(
@@ -103,13 +94,11 @@ class DiffusionPolicy:
 
     def batch(self, observations: Sequence[Observation], chunks: Sequence[np.ndarray]) -> DecisionBatch:
         """Stack observations and chunks int64 [L]; ValueError for one of another length or vocabulary."""
-        check_chunks(self._actions, chunks, count=len(observations), length=self.tokens)
-        chunk_BL = torch.from_numpy(np.stack(chunks)).to(self.device, torch.int64)
-        return with_chunks(self._stack(observations), chunk_BL)
+        return self._inputs.batch(observations, chunks, self.network)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions float [K, 7] in [-1, 1] -> token ids int64 [L], each the nearest bin."""
-        return encode_chunk(self._actions, actions, length=self.tokens)
+        return self._inputs.encode(actions)
 
     def encode_context(self, batch: DecisionBatch) -> torch.Tensor:
         """Projected image tokens [B, N, D]."""
@@ -145,16 +134,6 @@ class DiffusionPolicy:
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
-
-    def _stack(self, observations: Sequence[Observation]) -> ObservationBatch:
-        return stack_observations(
-            observations,
-            self._prompts,
-            image_size=self._image_size,
-            cameras=self.network.cameras,
-            view=self._view,
-            device=self.device,
-        )
 
     def _prefix(self, seen: ObservationBatch, image_tokens_BND: torch.Tensor) -> PrefixCache:
         """Keys and values of images, proprioception and prompt, each token seeing all that exist."""

@@ -29,7 +29,7 @@ from policies.decoding.prefix import PrefixCache
 from policies.encoding.observations import ObservationBatch
 from policies.pi0.inputs import FlowInputs
 from policies.pi0.network import Pi0Network
-from policies.protocol import DecisionBatch, with_chunks
+from policies.protocol import DecisionBatch, check_requests, with_chunks
 from policies.weights.snapshots import load_snapshot
 from trajectories.records import ACTION_DIM, ActionSample, Observation, WeightSnapshot
 
@@ -71,10 +71,7 @@ class FlowPolicy:
         self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
     ) -> list[ActionSample]:
         """One chunk per observation, from normal noise times `temperature` (0: from the middle of the noise)."""
-        if len(seeds) != len(observations):
-            raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+        check_requests(observations, seeds, temperature)
         seen = self._inputs.stack(observations, self.device)
         cache = self._prefix(seen, self._image_tokens(seen))
         shape = (self._horizon, self.network.config.action_dim)

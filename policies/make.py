@@ -10,6 +10,7 @@ from policies.diffusion import DiffusionPolicy
 from policies.encoding.action_tokens import ActionTokenizer
 from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
+from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA, llama
 from policies.openvla.vision import SiglipTower, VisionBackbone
 from policies.pi0.inputs import STATE_BINS, PlainInputs
@@ -48,9 +49,8 @@ def make_autoregressive(part: PolicyPart, *, image_size: int, device: torch.devi
     prompts = PromptTokenizer()
     actions = ActionTokenizer(vocab_size=prompts.size + part.bins, bins=part.bins)
     network = _openvla(part, prompts, actions, vocab_size=actions.stop_id, image_size=image_size)
-    return AutoregressivePolicy(
-        network.to(device), prompts=prompts, actions=actions, chunk=part.chunk, image_size=image_size
-    )
+    inputs = OpenVLAInputs(prompts=prompts, actions=actions, chunk=part.chunk, image_size=image_size)
+    return AutoregressivePolicy(network.to(device), inputs=inputs)
 
 
 def make_diffusion(part: PolicyPart, *, image_size: int, device: torch.device) -> DiffusionPolicy:
@@ -58,14 +58,8 @@ def make_diffusion(part: PolicyPart, *, image_size: int, device: torch.device) -
     prompts = PromptTokenizer()
     actions = ActionTokenizer(vocab_size=prompts.size + part.bins, bins=part.bins)
     network = _openvla(part, prompts, actions, vocab_size=actions.stop_id + 1, image_size=image_size)
-    return DiffusionPolicy(
-        network.to(device),
-        prompts=prompts,
-        actions=actions,
-        part=part.diffusion,
-        chunk=part.chunk,
-        image_size=image_size,
-    )
+    inputs = OpenVLAInputs(prompts=prompts, actions=actions, chunk=part.chunk, image_size=image_size)
+    return DiffusionPolicy(network.to(device), inputs=inputs, part=part.diffusion)
 
 
 def make_flow(part: PolicyPart, *, image_size: int, device: torch.device) -> FlowPolicy:

@@ -35,6 +35,15 @@ def with_chunks(seen: ObservationBatch, chunk_BL: torch.Tensor) -> DecisionBatch
     return DecisionBatch(**parts, chunk_BL=chunk_BL)
 
 
+def check_requests(observations: Sequence[Observation], seeds: Sequence[int], temperature: float) -> None:
+    """Raises ValueError for what no policy can `act` on: another number of seeds than of observations, or a temperature
+    below 0."""
+    if len(seeds) != len(observations):
+        raise ValueError(f"{len(observations)} observations need as many seeds, got {len(seeds)}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+
+
 class Policy(Protocol):
     """Observation -> action chunk, and the chunk's log-probability."""
 

@@ -19,8 +19,9 @@ from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.modules import ModuleDecoder
 from policies.diffusion import DiffusionPolicy
 from policies.flow import FlowPolicy
-from policies.openvla.checkpoint import open_openvla
+from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
 from policies.openvla.images import libero_view
+from policies.openvla.inputs import OpenVLAInputs
 from policies.pi0.folder import Pi0Folder, open_pi0
 from policies.pi0.inputs import PublishedInputs
 from policies.pi0.network import Pi0Network
@@ -86,16 +87,9 @@ def openvla_policy(
     an action token. Raises ValueError as `load_openvla` does.
     """
     found = open_openvla(folder)
-    actions = found.actions(unnorm_key)
-    return AutoregressivePolicy(
-        found.network(device=device, dtype=dtype, filled=filled),
-        prompts=found.prompts,
-        actions=actions,
-        chunk=1,
-        image_size=found.image_size,
-        view=partial(libero_view, size=found.image_size, crop=crop),
-        decoder=ModuleDecoder,
-    )
+    inputs = _openvla_inputs(found, unnorm_key, chunk=1, crop=crop)
+    network = found.network(device=device, dtype=dtype, filled=filled)
+    return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
 
 
 def openvla_diffusion_policy(
@@ -114,17 +108,9 @@ def openvla_diffusion_policy(
     start. Everything else as in `openvla_policy`.
     """
     found = open_openvla(folder)
-    actions, mask_id = found.actions(unnorm_key), found.mask_id()
-    return DiffusionPolicy(
-        found.network(device=device, dtype=dtype, filled=filled),
-        prompts=found.prompts,
-        actions=actions,
-        part=part,
-        chunk=chunk,
-        image_size=found.image_size,
-        mask_id=mask_id,
-        view=partial(libero_view, size=found.image_size),
-    )
+    inputs, mask_id = _openvla_inputs(found, unnorm_key, chunk=chunk), found.mask_id()
+    network = found.network(device=device, dtype=dtype, filled=filled)
+    return DiffusionPolicy(network, inputs=inputs, part=part, mask_id=mask_id)
 
 
 def check_published(part: PolicyPart) -> int:
@@ -165,6 +151,19 @@ def _folder(part: PolicyPart) -> Path:
     if part.checkpoint is None:
         raise ValueError("this part names no checkpoint")
     return Path(part.checkpoint)
+
+
+def _openvla_inputs(
+    found: OpenVLAFolder, unnorm_key: str | None, *, chunk: int, crop: bool = True
+) -> OpenVLAInputs:
+    side = found.image_size
+    return OpenVLAInputs(
+        prompts=found.prompts,
+        actions=found.actions(unnorm_key),
+        chunk=chunk,
+        image_size=side,
+        view=partial(libero_view, size=side, crop=crop),
+    )
 
 
 def _one_action(part: PolicyPart) -> None:

@@ -5,7 +5,6 @@ OpenVLA (arXiv 2406.09246, section 3.2): the bin of the largest action has the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -101,21 +100,3 @@ class ActionTokens(Protocol):
     def decode(self, ids: np.ndarray) -> np.ndarray: ...
 
     def check(self, ids: np.ndarray) -> None: ...
-
-
-def encode_chunk(tokens: ActionTokens, actions: np.ndarray, *, length: int) -> np.ndarray:
-    """Actions float [K, 7] -> token ids int64 [length]; ValueError for a chunk of another length."""
-    ids = tokens.encode(actions)
-    if ids.shape != (length,):
-        raise ValueError(f"a chunk is {length // ACTION_DIM} actions, got {len(actions)}")
-    return ids
-
-
-def check_chunks(tokens: ActionTokens, chunks: Sequence[np.ndarray], *, count: int, length: int) -> None:
-    """Raises ValueError unless there are `count` chunks of `length` action tokens each."""
-    if len(chunks) != count:
-        raise ValueError(f"{count} observations need as many chunks, got {len(chunks)}")
-    for i, chunk in enumerate(chunks):
-        if chunk.shape != (length,):
-            raise ValueError(f"chunk {i} has shape {list(chunk.shape)}, expected [{length}] token ids")
-        tokens.check(chunk)
