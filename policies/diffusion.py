@@ -19,7 +19,7 @@ from torch import nn
 
 from configs.policy import DiffusionPart
 from objectives import masked_diffusion
-from policies.decoding.prefix import PrefixCache, attention_mask, positions
+from policies.decoding.prefix import Prefix, PrefixCache, encode_prefix, suffix_places
 from policies.encoding.observations import ObservationBatch
 from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA
@@ -141,34 +141,20 @@ class DiffusionPolicy:
         between = embeddings.shape[1] - seen.prompt_BT.shape[1]
         mask_BT = seen.prompt_mask_BT
         mask_BP = torch.cat([mask_BT[:, :1], mask_BT.new_ones(len(mask_BT), between), mask_BT[:, 1:]], dim=1)
-        starts_P = torch.zeros(mask_BP.shape[1], dtype=torch.bool, device=mask_BP.device)
-        output = self.network.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask(mask_BP, starts_P).unsqueeze(1),
-            position_ids=positions(mask_BP),
-            use_cache=True,
-        )
-        layers = output.past_key_values.layers
-        return PrefixCache(
-            keys=tuple(layer.keys for layer in layers),
-            values=tuple(layer.values for layer in layers),
-            mask_BP=mask_BP,
-            hidden_BPD=output.last_hidden_state,
-        )
+        prefix = Prefix(tokens_BPD=embeddings, mask_BP=mask_BP)
+        return encode_prefix(self.network.language_model.model, prefix)
 
     def _logits(self, cache: PrefixCache, tokens_RL: torch.Tensor) -> torch.Tensor:
         """Logits [R, L, V] of every token of chunks given as bins, V standing for [MASK]."""
         model = self.network.language_model.model
         ids_RL = tokens_RL + self._actions.first_id
         embeddings = model.embed_tokens(ids_RL.masked_fill(tokens_RL == self._actions.bins, self._mask_id))
-        length, first = tokens_RL.shape[1], cache.mask_BP.shape[1]
-        valid_BN = torch.cat([cache.mask_BP, cache.mask_BP.new_ones(len(cache.mask_BP), length)], dim=1)
-        starts_N = torch.arange(first + length, device=valid_BN.device) == first
-        mask = attention_mask(valid_BN, starts_N, first=first).repeat_interleave(cache.repeats, dim=0)
+        starts_L = torch.arange(tokens_RL.shape[1], device=tokens_RL.device) == 0
+        mask, positions_RL = suffix_places(cache, starts_L)
         hidden_RLD = model(
             inputs_embeds=embeddings,
-            attention_mask=mask.unsqueeze(1),
-            position_ids=positions(valid_BN)[:, first:].repeat_interleave(cache.repeats, dim=0),
+            attention_mask=mask,
+            position_ids=positions_RL,
             past_key_values=cache,
             use_cache=False,
         ).last_hidden_state

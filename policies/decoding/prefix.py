@@ -1,4 +1,4 @@
-"""What pi-0's action tokens look back on: the embedded prefix, its keys and values, and who attends to whom.
+"""What tokens decided at once look back on: the embedded prefix, its keys and values, and who attends to whom.
 
 Letters: B observations, R rows of a suffix pass (B observations, each repeated), P prefix tokens, T suffix
 tokens, N tokens of both, K key-value heads, Z features of a head, D width of the language model.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,3 +78,34 @@ def attention_mask(valid_BN: torch.Tensor, starts_N: torch.Tensor, *, first: int
 def positions(valid_BN: torch.Tensor) -> torch.Tensor:
     """Rotary positions int64 [B, N]: tokens that do not exist take up none."""
     return valid_BN.cumsum(dim=1) - 1
+
+
+def encode_prefix(model: nn.Module, prefix: Prefix) -> PrefixCache:
+    """Run a language model over the prefix, every token attending to every other that exists."""
+    starts_P = torch.zeros(prefix.mask_BP.shape[1], dtype=torch.bool, device=prefix.mask_BP.device)
+    output = model(
+        inputs_embeds=prefix.tokens_BPD,
+        attention_mask=attention_mask(prefix.mask_BP, starts_P).unsqueeze(1),
+        position_ids=positions(prefix.mask_BP),
+        use_cache=True,
+    )
+    layers = output.past_key_values.layers
+    return PrefixCache(
+        keys=tuple(layer.keys for layer in layers),
+        values=tuple(layer.values for layer in layers),
+        mask_BP=prefix.mask_BP,
+        hidden_BPD=output.last_hidden_state,
+    )
+
+
+def suffix_places(cache: PrefixCache, starts_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a pass of T tokens after the prefixes, all of which exist: who attends to whom, bool [R, 1, T, N], and rotary
+    positions int64 [R, T]. `starts_T` as in `attention_mask`."""
+    batch, first = cache.mask_BP.shape
+    valid_BN = torch.cat([cache.mask_BP, cache.mask_BP.new_ones(batch, len(starts_T))], dim=1)
+    starts_N = torch.cat([starts_T.new_zeros(first), starts_T])
+    mask_BTN = attention_mask(valid_BN, starts_N, first=first)
+    return (
+        mask_BTN.repeat_interleave(cache.repeats, dim=0).unsqueeze(1),
+        positions(valid_BN)[:, first:].repeat_interleave(cache.repeats, dim=0),
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PaliGemmaModel, PI0ForConditionalGeneration
 
-from policies.decoding.prefix import Prefix, PrefixCache, attention_mask, positions
+from policies.decoding.prefix import Prefix, PrefixCache, encode_prefix, suffix_places
 from policies.pi0.expert import AdaptiveExpert, AdaptiveSuffix, TimeEmbedding
 from policies.pi0.sizes import Pi0Config, expert_config, paligemma_config, pi0_config
 
@@ -117,20 +117,7 @@ class Pi0Network(nn.Module):
 
     def encode_prefix(self, prefix: Prefix) -> PrefixCache:
         """Run the language model over the prefix, every token attending to every other that exists."""
-        starts_P = torch.zeros(prefix.mask_BP.shape[1], dtype=torch.bool, device=prefix.mask_BP.device)
-        output = self.vlm.language_model(
-            inputs_embeds=prefix.tokens_BPD,
-            attention_mask=attention_mask(prefix.mask_BP, starts_P).unsqueeze(1),
-            position_ids=positions(prefix.mask_BP),
-            use_cache=True,
-        )
-        layers = output.past_key_values.layers
-        return PrefixCache(
-            keys=tuple(layer.keys for layer in layers),
-            values=tuple(layer.values for layer in layers),
-            mask_BP=prefix.mask_BP,
-            hidden_BPD=output.last_hidden_state,
-        )
+        return encode_prefix(self.vlm.language_model, prefix)
 
     def embed_suffix(
         self, x_RHA: torch.Tensor, t_R: torch.Tensor, state_RS: torch.Tensor | None = None
@@ -157,25 +144,19 @@ class Pi0Network(nn.Module):
 
     def run_suffix(self, cache: PrefixCache, suffix: Suffix) -> torch.Tensor:
         """The expert's last hidden states [R, T, E]. Raises ValueError when rows and cache do not agree."""
-        rows, length = suffix.tokens_RTE.shape[:2]
+        rows = len(suffix.tokens_RTE)
         if rows != cache.rows:
             raise ValueError(
                 f"{rows} chunks for a cache of {len(cache.mask_BP)} prefixes x {cache.repeats}: expected {cache.rows}"
             )
-        valid_BN = torch.cat([cache.mask_BP, cache.mask_BP.new_ones(len(cache.mask_BP), length)], dim=1)
-        first = cache.mask_BP.shape[1]
-        starts_N = torch.cat([suffix.starts_T.new_zeros(first), suffix.starts_T])
-        mask = attention_mask(valid_BN, starts_N, first=first).repeat_interleave(cache.repeats, dim=0)
-        positions_RT = positions(valid_BN)[:, first:].repeat_interleave(cache.repeats, dim=0)
+        mask, positions_RT = suffix_places(cache, suffix.starts_T)
         tokens_RTE = suffix.tokens_RTE.to(cache.keys[0].dtype)
         if self.config.adaptive:
             cond_RE = suffix.cond_RE
-            return self.expert(
-                tokens_RTE, cond_RE, mask=mask.unsqueeze(1), positions_RT=positions_RT, cache=cache
-            )
+            return self.expert(tokens_RTE, cond_RE, mask=mask, positions_RT=positions_RT, cache=cache)
         return self.expert(
             inputs_embeds=tokens_RTE,
-            attention_mask=mask.unsqueeze(1),
+            attention_mask=mask,
             position_ids=positions_RT,
             past_key_values=cache,
             use_cache=False,
