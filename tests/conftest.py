@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests that need a running cluster."""
+"""Fixtures that several files share: a trained run on a cluster, and checkpoints as published ones are laid out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ import ray
 
 from actors.pipeline import train
 from configs.loader import load_recipe
+from configs.policy import PolicyPart
 from configs.schema import Recipe
+from policies.openvla.checkpoint import OpenVLACheckpoint, load_openvla
+from tests import openvla_tiny, published_tiny
 
 TINY = Path(__file__).parent / "recipes" / "one_task.yaml"
 
@@ -37,3 +41,33 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny(trained_run: Path) -> Recipe:
     """The one-task recipe, starting from the trained run."""
     return load_recipe(TINY, [f"start={trained_run}"])
+
+
+@pytest.fixture(scope="session")
+def openvla_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OpenVLA checkpoint; to be read, not changed."""
+    return openvla_tiny.write_checkpoint(tmp_path_factory.mktemp("openvla"))
+
+
+@pytest.fixture(scope="session")
+def openvla_checkpoint(openvla_folder: Path) -> OpenVLACheckpoint:
+    """The same in memory; to be read, not changed."""
+    return load_openvla(openvla_folder)
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PolicyPart]:
+    """A recipe's part for each kind of published folder; to be read, not changed."""
+    return published_tiny.parts(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def own(known: dict[str, PolicyPart], tmp_path: Path) -> Callable[[str], PolicyPart]:
+    """The part of one kind with a folder of its own, `tmp_path / "folder"`, which may be spoilt."""
+
+    def copied(kind: str) -> PolicyPart:
+        part = known[kind]
+        shutil.copytree(str(part.checkpoint), tmp_path / "folder")
+        return part.model_copy(update={"checkpoint": str(tmp_path / "folder")})
+
+    return copied

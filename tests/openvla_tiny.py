@@ -1,4 +1,4 @@
-"""Writes a tiny OpenVLA checkpoint with random weights, laid out as on the Hugging Face Hub."""
+"""A tiny OpenVLA checkpoint with random weights, laid out as on the Hugging Face Hub, and observations for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -14,13 +15,15 @@ from tokenizers.models import WordLevel
 from policies.encoding.prompts import WORDS
 from policies.openvla.layout import openvla_layout
 from policies.openvla.prompts import SPACE, SPACE_ID
+from trajectories.records import Observation
 
 TEXT_IDS = 32000
 SIDE = 28
 """Rows and columns of its images, two patches each."""
 DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
+KEY = "libero_object_no_noops"
 STATISTICS = {
-    "libero_object_no_noops": {
+    KEY: {
         "action": {
             "q01": [-0.5, -0.75, -0.9, -0.1, -0.15, -0.2, 0.0],
             "q99": [0.6, 0.8, 0.9, 0.15, 0.1, 0.3, 1.0],
@@ -103,3 +106,22 @@ def write_checkpoint(
     write_tokenizer(folder / "tokenizer.json")
     write_weights(folder, random_tensors() if tensors is None else tensors, shards=shards)
     return folder
+
+
+def observations(count: int) -> list[Observation]:
+    """Random ones of 48 x 48 pixels, whose prompts differ in length."""
+    rng = np.random.default_rng(0)
+    instructions = (
+        "open the middle drawer of the cabinet",
+        "pick up the milk",
+        "pick up the black bowl",
+    )
+    return [
+        Observation(
+            agentview=rng.integers(0, 256, (48, 48, 3), dtype=np.uint8),
+            wrist=rng.integers(0, 256, (48, 48, 3), dtype=np.uint8),
+            proprio=rng.normal(size=8).astype(np.float32),
+            instruction=instructions[i % 3],
+        )
+        for i in range(count)
+    ]

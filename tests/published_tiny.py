@@ -17,10 +17,12 @@ from configs.policy import FlowPart, PolicyPart
 from policies.encoding.prompts import WORDS
 from policies.pi0.checkpoint import LAYOUTS
 from policies.pi0.network import Pi0Network
+from policies.protocol import Policy
 from tests import openvla_tiny
 from tests.pi0_tiny import TINY, in_layout
-from trajectories.records import Observation
+from trajectories.records import Cell, Decision, Observation, Outcome, Trajectory
 
+CPU = torch.device("cpu")
 VOCAB = 1024
 PI0 = replace(TINY, vocab=VOCAB, action_dim=9, state_dim=10, horizon=5)
 HEADS = {
@@ -109,3 +111,20 @@ def observations(count: int, *, size: int = 64, seed: int = 0) -> list[Observati
         )
         for i in range(count)
     ]
+
+
+def episode(policy: Policy, *, seed: int, outcome: Outcome, length: int = 3) -> Trajectory:
+    """What the policy would have recorded: its own samples, on random observations."""
+    seen = observations(length, seed=seed)
+    samples = policy.act(seen, seeds=[100 * seed + k for k in range(length)], temperature=1.0)
+    return Trajectory(
+        cell=Cell(suite="libero_object", task_id=0, init_state=seed // 2, seed=seed),
+        decisions=tuple(
+            Decision(observation=o, sample=s, executed=len(s.actions))
+            for o, s in zip(seen, samples, strict=True)
+        ),
+        outcome=outcome,
+        env_steps=length,
+        policy_version=0,
+        policy_hash="start",
+    )

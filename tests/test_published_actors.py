@@ -16,8 +16,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart, ServingPart, 
 from learners.checkpoint import CheckpointReader
 from policies.make import make_policy
 from policies.weights.snapshots import state_tensors
-from tests.published_tiny import observations, parts
-from tests.test_published import CPU, episode
+from tests.published_tiny import CPU, episode, observations, parts
 from trajectories.bfloat16 import BFLOAT16
 from trajectories.hashing import weights_hash
 from trajectories.records import PreferencePair

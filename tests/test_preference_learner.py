@@ -1,4 +1,4 @@
-"""The supervised and the preference learner on a small policy of the real classes."""
+"""The preference learner on a small policy of the real classes."""
 
 from __future__ import annotations
 
@@ -9,109 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from configs.policy import DecoderPart, PolicyPart, VisionPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire
-from learners.supervised import SupervisedLearner, schedule
 from learners.terms import Draw, Side, accumulate_gradients
-from policies.make import make_policy
 from policies.protocol import Policy
 from policies.weights import adapters
-from trajectories.records import (
-    ActionSample,
-    Cell,
-    Decision,
-    Observation,
-    Outcome,
-    PreferencePair,
-    Trajectory,
-)
-
-SIZE, CHUNK = 16, 2
-TOKENS = CHUNK * 7
-PART = PolicyPart(
-    vision=VisionPart(width=16, layers=1, heads=2),
-    decoder=DecoderPart(width=32, layers=2, heads=2, mlp=48),
-    bins=5,
-    chunk=CHUNK,
-)
-ADAPTER = AdapterPart(rank=4, alpha=8)
-TASKS = ("put the bowl on the plate", "open the middle drawer of the cabinet")
-
-
-def new_policy() -> Policy:
-    """As opinionated as a trained one, however fresh weights are drawn."""
-    policy = make_policy(PART, image_size=SIZE, seed=0, device=torch.device("cpu"))
-    with torch.no_grad():
-        head = policy.module.get_parameter("language_model.lm_head.weight")
-        head.normal_(std=0.4, generator=torch.Generator().manual_seed(0))
-    return policy
-
-
-def observations(count: int, seed: int) -> list[Observation]:
-    rng = np.random.default_rng(seed)
-    return [
-        Observation(
-            agentview=rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
-            wrist=rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
-            proprio=rng.standard_normal(8).astype(np.float32),
-            instruction=TASKS[seed % 2],
-        )
-        for _ in range(count)
-    ]
-
-
-def episode(
-    policy: Policy, *, seed: int, outcome: Outcome, init_state: int = 0, length: int = 6
-) -> Trajectory:
-    """What the policy would have recorded: its own samples and log-probs, on random observations."""
-    seen = observations(length, seed)
-    samples = policy.act(seen, seeds=[1000 * seed + k for k in range(length)], temperature=1.0)
-    return Trajectory(
-        cell=Cell(suite="libero_goal", task_id=0, init_state=init_state, seed=seed),
-        decisions=tuple(
-            Decision(observation=o, sample=s, executed=CHUNK) for o, s in zip(seen, samples, strict=True)
-        ),
-        outcome=outcome,
-        env_steps=length * CHUNK,
-        policy_version=0,
-        policy_hash="start",
-    )
-
-
-def pairs_of(policy: Policy, count: int, length: int = 6) -> list[PreferencePair]:
-    return [
-        PreferencePair(
-            chosen=episode(policy, seed=2 * i, outcome="success", init_state=i, length=length),
-            rejected=episode(policy, seed=2 * i + 1, outcome="timeout", init_state=i, length=length + i),
-        )
-        for i in range(count)
-    ]
-
-
-def demonstration(seed: int, length: int = 6) -> Trajectory:
-    rng = np.random.default_rng(seed)
-    return Trajectory(
-        cell=Cell(suite="libero_goal", task_id=0, init_state=0, seed=seed),
-        decisions=tuple(
-            Decision(
-                observation=seen,
-                sample=ActionSample(
-                    actions=rng.uniform(-1, 1, (CHUNK, 7)).astype(np.float32),
-                    model_chunk=np.zeros(0, np.int64),
-                    logps=np.zeros(0, np.float32),
-                ),
-                executed=CHUNK,
-            )
-            for seen in observations(length, seed)
-        ),
-        outcome="success",
-        env_steps=length * CHUNK,
-        policy_version=-1,
-        policy_hash="expert",
-    )
+from tests.learning import ADAPTER, TOKENS, demonstration, episode, new_policy, observations, pairs_of
+from trajectories.records import Trajectory
 
 
 def new_learner(
@@ -422,42 +328,3 @@ def test_damaged_recorded_log_probs_are_refused() -> None:
     pair.chosen.decisions[2].sample.logps[3] = np.nan
     with pytest.raises(ValueError, match=pair.chosen.trajectory_id):
         new_learner(policy, PreferencePart(steps=1)).update([pair], (), ())
-
-
-def test_supervised_training_reproduces_the_demonstrations() -> None:
-    policy = new_policy()
-    demo = demonstration(seed=4)
-    part = SupervisedPart(steps=150, batch_size=6, lr=5e-3, warmup_steps=10, image_shift=0)
-    learner = SupervisedLearner(policy, part, seed=0, demos=[demo])
-    losses: list[float] = []
-    last = learner.fit(on_step=lambda step, metrics: losses.append(metrics["loss"]))
-    assert losses[0] > 1
-    assert last["loss"] < 0.1
-    samples = policy.act([d.observation for d in demo.decisions], seeds=[0] * 6, temperature=0)
-    # Five bins over [-1, 1]: the nearest centre is at most a quarter of the way to the next ones off.
-    for sample, decision in zip(samples, demo.decisions, strict=True):
-        assert np.array_equal(sample.model_chunk, policy.encode(decision.sample.actions))
-    with pytest.raises(RuntimeError, match="all 150 steps"):
-        learner.step()
-
-
-def test_supervised_training_repeats_to_the_bit() -> None:
-    def train(seed: int) -> dict[str, torch.Tensor]:
-        policy = new_policy()
-        part = SupervisedPart(steps=5, batch_size=4, warmup_steps=2)
-        SupervisedLearner(policy, part, seed=seed, demos=[demonstration(1), demonstration(2)]).fit()
-        return policy.module.state_dict()
-
-    first, second, other = train(0), train(0), train(1)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-def test_supervised_training_without_demonstrations_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one demonstration"):
-        SupervisedLearner(new_policy(), SupervisedPart(), seed=0, demos=[])
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    shares = [schedule(step, warmup=4, total=12) for step in (0, 3, 4, 8, 11)]
-    assert shares == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0380602], abs=1e-6)
