@@ -72,7 +72,7 @@ class Variant:
 
     def __init__(self, part: PolicyPart, method: Method, preference: PreferencePart, *, merged: bool) -> None:
         self.policy = make_policy(part, image_size=IMAGE_SIZE, seed=0, device=torch.device("cpu"))
-        adapters.attach(self.policy.module, AdapterPart(method=method), seed=0, decoder=self.policy.adapted)
+        adapters.attach(self.policy.module, AdapterPart(method=method), seed=0, decoders=self.policy.adapted)
         self._preference = preference
         self._merged = merged
         self._parameters = list(adapters.parameters(self.policy.module).values())

@@ -33,6 +33,8 @@ from benchmarks.fingerprint import write_json
 from benchmarks.published_sizes import context_numbers, published_network
 from configs.loader import load_recipe
 from configs.schema import Recipe
+from policies.autoregressive import AutoregressivePolicy
+from policies.flow import FlowPolicy
 from policies.published import DTYPES
 from policies.weights import adapters
 
@@ -49,8 +51,8 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     item = DTYPES[recipe.policy.dtype].itemsize
     weights = parameters * item
     context = context_numbers(network) * item
-    decoder = "expert" if recipe.policy.paradigm == "flow" else "language_model.model"
-    adapters.attach(network, recipe.adapter, seed=0, decoder=decoder)
+    policy = FlowPolicy if recipe.policy.paradigm == "flow" else AutoregressivePolicy
+    adapters.attach(network, recipe.adapter, seed=0, decoders=policy.adapted)
     factors = sum(p.numel() for p in adapters.parameters(network).values())
     adapted = sum(
         layer.get_base_layer().get_parameter("weight").numel()

@@ -55,7 +55,7 @@ class PreferenceLearner:
         seed: int,
     ) -> None:
         """Attach the adapter to `policy.module`, whose weights are frozen from now on and hash to `base_hash`."""
-        adapters.attach(policy.module, adapter, seed=seed, decoder=policy.adapted)
+        adapters.attach(policy.module, adapter, seed=seed, decoders=policy.adapted)
         self._policy = policy
         self._dropout = adapter.dropout
         self._part = preference

@@ -31,7 +31,7 @@ class AutoregressivePolicy:
     module: nn.Module
     """The `OpenVLA` network, or what wraps it while an adapter is on."""
     exact = True
-    adapted = "language_model.model"
+    adapted: tuple[str, ...] = ("language_model.model",)
 
     def __init__(
         self,

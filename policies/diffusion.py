@@ -33,7 +33,7 @@ class DiffusionPolicy:
 
     module: nn.Module
     exact = False
-    adapted = "language_model.model"
+    adapted: tuple[str, ...] = ("language_model.model",)
 
     def __init__(
         self,

@@ -38,11 +38,12 @@ GRIPPER = 6
 
 
 class FlowPolicy:
-    """Meets `policies.protocol.Policy`. The adapter goes on the action expert."""
+    """Meets `policies.protocol.Policy`. The adapter goes on the language decoder and the action expert, as in
+    openpi's LoRA recipes."""
 
     module: nn.Module
     exact = False
-    adapted = "expert"
+    adapted: tuple[str, ...] = ("vlm.language_model", "expert")
 
     def __init__(self, network: Pi0Network, *, inputs: FlowInputs, part: FlowPart, chunk: int) -> None:
         """`chunk` is K. Raises ValueError when the network makes fewer actions at once."""

@@ -54,8 +54,8 @@ class Policy(Protocol):
     noise, and `act` records none."""
     tokens: int
     """L, elements of a score; a flow's chunk may be longer."""
-    adapted: str
-    """Name of the part of `module` whose attention and MLP linears an adapter goes on."""
+    adapted: tuple[str, ...]
+    """Names of the decoders in `module` whose attention and MLP linears an adapter goes on."""
 
     def act(
         self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float

@@ -51,7 +51,7 @@ def trained(method: str) -> tuple[LlamaForCausalLM, dict[str, np.ndarray]]:
     """A model with a non-trivial adapter, and its base arrays."""
     model = tiny_llama()
     base = arrays(model)
-    adapters.attach(model, AdapterPart(method=method, rank=4, alpha=8), seed=0, decoder="model")
+    adapters.attach(model, AdapterPart(method=method, rank=4, alpha=8), seed=0, decoders=["model"])
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapters.parameters(model).values():
@@ -63,7 +63,7 @@ def trained(method: str) -> tuple[LlamaForCausalLM, dict[str, np.ndarray]]:
 def test_a_new_adapter_changes_nothing_and_trains_only_itself(method: str) -> None:
     model = tiny_llama()
     before = logits(model)
-    adapters.attach(model, AdapterPart(method=method, rank=4, alpha=8), seed=0, decoder="model")
+    adapters.attach(model, AdapterPart(method=method, rank=4, alpha=8), seed=0, decoders=["model"])
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(names) == 14 * (3 if method == "dora" else 2)
@@ -74,7 +74,7 @@ def test_the_seed_fixes_the_adapter_and_leaves_the_global_generator_alone() -> N
     first, second, other = tiny_llama(), tiny_llama(), tiny_llama()
     state = torch.get_rng_state()
     for model, seed in ((first, 7), (second, 7), (other, 8)):
-        adapters.attach(model, AdapterPart(rank=4), seed=seed, decoder="model")
+        adapters.attach(model, AdapterPart(rank=4), seed=seed, decoders=["model"])
     assert torch.equal(torch.get_rng_state(), state)
     layer = "model.layers.0.self_attn.q_proj"
     factor = [adapters.extract(m, base_hash="").factors[layer]["A"] for m in (first, second, other)]
@@ -104,11 +104,11 @@ def test_merge_equals_peft(method: str) -> None:
 
 def test_some_linears_may_be_left_alone() -> None:
     model = tiny_llama()
-    adapters.attach(model, AdapterPart(rank=2), seed=0, decoder="model", linears=["q_proj", "v_proj"])
+    adapters.attach(model, AdapterPart(rank=2), seed=0, decoders=["model"], linears=["q_proj", "v_proj"])
     layers = {name.rpartition(".")[2] for name, _ in adapters.adapted_layers(model)}
     assert layers == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match=r"must be some of q_proj, .* got \['qproj'\]"):
-        adapters.attach(tiny_llama(), AdapterPart(rank=2), seed=0, decoder="model", linears=["qproj"])
+        adapters.attach(tiny_llama(), AdapterPart(rank=2), seed=0, decoders=["model"], linears=["qproj"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
@@ -124,7 +124,7 @@ def test_an_adapter_that_peft_saved_is_read_and_answers_alike(settings: dict, tm
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     part, weights = adapters.adapter_from_peft(load_file(tmp_path / "adapter_model.safetensors"), saved)
     model = tiny_llama()
-    adapters.attach(model, part, seed=0, decoder="model", linears=saved["target_modules"])
+    adapters.attach(model, part, seed=0, decoders=["model"], linears=saved["target_modules"])
     adapters.load(model, weights)
     torch.testing.assert_close(logits(model), logits(wrapped), rtol=0, atol=1e-6)
 
@@ -267,7 +267,7 @@ def test_factors_survive_a_round_trip(method: str) -> None:
     assert adapter.scaling == 2.0
     assert adapter.method == method
     other = tiny_llama()
-    adapters.attach(other, AdapterPart(method=method, rank=4, alpha=8), seed=3, decoder="model")
+    adapters.attach(other, AdapterPart(method=method, rank=4, alpha=8), seed=3, decoders=["model"])
     adapters.load(other, adapter)
     assert torch.equal(logits(other), logits(model))
 
@@ -275,7 +275,7 @@ def test_factors_survive_a_round_trip(method: str) -> None:
 def test_an_adapter_of_another_shape_is_refused_and_nothing_is_copied() -> None:
     model, _ = trained("lora")
     other = tiny_llama()
-    adapters.attach(other, AdapterPart(method="lora", rank=2, alpha=4), seed=3, decoder="model")
+    adapters.attach(other, AdapterPart(method="lora", rank=2, alpha=4), seed=3, decoders=["model"])
     before = adapters.extract(other, base_hash="")
     with pytest.raises(ValueError, match=r"expected .*\(2, 32\)"):
         adapters.load(other, adapters.extract(model, base_hash=""))
@@ -286,7 +286,7 @@ def test_an_adapter_of_another_shape_is_refused_and_nothing_is_copied() -> None:
 
 def test_a_network_without_the_named_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="transformer"):
-        adapters.attach(tiny_llama(), AdapterPart(rank=2), seed=0, decoder="transformer")
+        adapters.attach(tiny_llama(), AdapterPart(rank=2), seed=0, decoders=["transformer"])
 
 
 def test_factors_that_do_not_fit_the_base_are_refused() -> None:

@@ -176,7 +176,7 @@ def test_scores_see_an_adapter_and_acting_refuses_it(method: str) -> None:
     chunks = [sample.model_chunk for sample in policy.act(seen, seeds=[0, 1], temperature=1.0)]
     before = score(policy, seen, chunks)
     adapters.attach(
-        policy.module, AdapterPart(method=method, rank=2, alpha=4), seed=0, decoder=policy.adapted
+        policy.module, AdapterPart(method=method, rank=2, alpha=4), seed=0, decoders=policy.adapted
     )
     np.testing.assert_allclose(score(policy, seen, chunks), before, atol=1e-4)
     with torch.no_grad():

@@ -48,7 +48,7 @@ def trained(method: str, seed: int = 0) -> tuple[Toy, dict[str, np.ndarray], Ada
     torch.manual_seed(seed)
     network = Toy()
     base = state_tensors(network)
-    adapters.attach(network, AdapterPart(method=method, rank=4, alpha=8), seed=seed, decoder="decoder")
+    adapters.attach(network, AdapterPart(method=method, rank=4, alpha=8), seed=seed, decoders=["decoder"])
     with torch.no_grad():
         for parameter in adapters.parameters(network).values():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -319,7 +319,7 @@ def test_an_adapter_goes_on_a_checkpoint_and_is_seen_when_it_acts(openvla_folder
     seen = tiny.observations(1)
     before = policy.act(seen, seeds=[0], temperature=0)[0].logps
     adapters.attach(
-        policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoder=policy.adapted
+        policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoders=policy.adapted
     )
     np.testing.assert_allclose(policy.act(seen, seeds=[0], temperature=0)[0].logps, before, atol=1e-4)
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_before_the_first_step_dpo_is_log_two_and_pulls_on_the_policy_only(name:
     batch, keys = policy.batch(seen, chunks), torch.arange(4) // 2
     reference = policy.score(batch, noise_keys=keys).detach()
     adapters.attach(
-        policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoder=policy.adapted
+        policy.module, AdapterPart(method="dora", rank=2, alpha=4), seed=0, decoders=policy.adapted
     )
     with adapters.disabled(policy.module):
         torch.testing.assert_close(policy.score(batch, noise_keys=keys), reference, rtol=0, atol=1e-6)

@@ -120,7 +120,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     pairs = pairs_of(policy, 5, length=10)
     successes = [episode(policy, seed=77, outcome="success", length=12)]
     demos = [demonstration(seed=51)]
-    adapters.attach(policy.module, ADAPTER, seed=0, decoder=policy.adapted)
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
     parameters = adapters.parameters(policy.module)
     torch.manual_seed(3)
     with torch.no_grad():

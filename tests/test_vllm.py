@@ -109,7 +109,7 @@ def snapshot(policy: AutoregressivePolicy, adapter: AdapterWeights | None = None
 def trained_adapter(policy: AutoregressivePolicy) -> AdapterWeights:
     """A DoRA adapter that changes what the policy does; the policy keeps it."""
     base_hash = weights_hash(state_tensors(policy.module))
-    adapters.attach(policy.module, ADAPTER, seed=0, decoder=policy.adapted)
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapters.parameters(policy.module).values():

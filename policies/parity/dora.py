@@ -49,7 +49,7 @@ def _adapter(
     network = _network(fixture, fixture.weights)
     base = state_tensors(network)
     linears = settings.get("target_modules") or fixture.config.get("target_modules") or adapters.LINEARS
-    adapters.attach(network, part, seed=0, decoder=_DECODER, linears=linears)
+    adapters.attach(network, part, seed=0, decoders=[_DECODER], linears=linears)
     found = {
         f"init_magnitude/{_saved_name(name)}": Output(parameter.detach().clone())
         for name, parameter in adapters.parameters(network).items()

@@ -35,15 +35,15 @@ def attach(
     part: AdapterPart,
     *,
     seed: int,
-    decoder: str,
+    decoders: Sequence[str],
     linears: Sequence[str] = LINEARS,
 ) -> None:
-    """Add a trainable adapter, in place, to those `linears` of every layer of `module.<decoder>`; default all.
+    """Add a trainable adapter, in place, to those `linears` of every layer of each `module.<decoder>`; default all.
 
     Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.
     `seed` fixes A. The adapted layers keep their names; their weight moves to `<layer>.base_layer.weight`, so
-    read the base tensors first. Its own parameters are float32 whatever the network's dtype. Raises ValueError when no
-    linear of a Llama decoder is found, or for a linear that it does not have.
+    read the base tensors first. Its own parameters are float32 whatever the network's dtype. Raises ValueError for
+    a decoder in which no linear of a Llama layer is found, or for a linear that such a layer does not have.
     """
     unknown = sorted(set(linears) - set(LINEARS))
     if unknown or not linears:
@@ -54,13 +54,15 @@ def attach(
         lora_dropout=part.dropout,
         use_dora=part.method == "dora",
         bias="none",
-        target_modules=rf"{re.escape(decoder)}\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(linears)})",
+        target_modules=rf"({'|'.join(map(re.escape, decoders))})\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(linears)})",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module, adapter_name=_NAME)
-    if not list(adapted_layers(module)):
-        raise ValueError(f"no attention or MLP linear found under {decoder}.layers; nothing to adapt")
+    adapted = [name for name, _ in adapted_layers(module)]
+    for decoder in decoders:
+        if not any(name.startswith(f"{decoder}.layers.") for name in adapted):
+            raise ValueError(f"no attention or MLP linear found under {decoder}.layers; nothing to adapt")
     own = parameters(module)
     for parameter in own.values():
         # AdamW's steps are below bfloat16's resolution.
