@@ -115,10 +115,16 @@ def compare(
     after: Annotated[Path, typer.Argument(help="run folder, or a JSON-lines file of episodes")],
     before_arm: Annotated[str | None, typer.Option(help="arm to take from a file of several")] = None,
     after_arm: Annotated[str | None, typer.Option(help="arm to take from a file of several")] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(help="held-out or published: what `evaluate` drove; default: the runs' own evaluations"),
+    ] = None,
 ) -> None:
     """Compare two runs on the cells both evaluated: rates, Wilson intervals, exact McNemar."""
     with one_line_errors():
-        comparison = compare_episodes(before, after, before_arm=before_arm, after_arm=after_arm)
+        comparison = compare_episodes(
+            before, after, before_arm=before_arm, after_arm=after_arm, manifest=manifest
+        )
     if comparison.warnings:
         typer.echo(f"pairloom: the stacks differ: {'; '.join(comparison.warnings)}", err=True)
     title = (str(path) if arm is None else arm for path, arm in ((before, before_arm), (after, after_arm)))

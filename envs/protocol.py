@@ -148,15 +148,18 @@ def published_cells(suite: str) -> tuple[Cell, ...]:
     )
 
 
-def read_outcomes(path: Path, where: Mapping[str, object] | None = None) -> Outcomes:
+def read_outcomes(
+    path: Path, where: Mapping[str, object] | None = None, *, manifest: str | None = None
+) -> Outcomes:
     """The outcomes of one evaluation, from JSON lines of episode records.
 
-    Where the lines name a phase, as a run's `episodes.jsonl` does, these are the lines of phase `evaluation` of the
-    version evaluated last. A line may carry `training_seed`; then trials of equal seed and cell are paired.
+    Where the lines name a phase, as a run's `episodes.jsonl` does, these are the lines of its own evaluation, or with
+    `manifest` of `launch.py evaluate --manifest`, of the version evaluated last. A line may carry `training_seed`; then trials of equal seed and cell are paired.
 
     Args:
         path: a JSON-lines file, or a run folder.
         where: keys and values that a line must have to count, e.g. `{"arm": "dpo-dora"}`.
+        manifest: `held-out` or `published`, what `launch.py evaluate` drove; none: what the run itself did.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -173,11 +176,13 @@ def read_outcomes(path: Path, where: Mapping[str, object] | None = None) -> Outc
     except JournalError as error:
         raise ComparisonError(str(error)) from error
     lines = [line for line in lines if all(line.get(key) == value for key, value in (where or {}).items())]
+    phase = f"evaluation-{manifest}" if manifest else "evaluation"
     if any("phase" in line for line in lines):
-        lines = [line for line in lines if line.get("phase") == "evaluation"]
+        lines = [line for line in lines if line.get("phase") == phase]
         lines = [line for line in lines if line["policy_version"] == lines[-1]["policy_version"]]
     if not lines:
-        raise ComparisonError(f"{file} holds no evaluation episodes{f' with {dict(where)}' if where else ''}")
+        wanted = f"of phase {phase}" if manifest else "of an evaluation"
+        raise ComparisonError(f"{file} holds no episodes {wanted}{f' with {dict(where)}' if where else ''}")
     outcomes: dict[Trial, str] = {}
     for line in lines:
         trial, outcome = _trial(file, line)
@@ -231,10 +236,16 @@ def compare_outcomes(before: Outcomes, after: Outcomes, *, warnings: Sequence[st
 
 
 def compare_episodes(
-    before: Path, after: Path, *, before_arm: str | None = None, after_arm: str | None = None
+    before: Path,
+    after: Path,
+    *,
+    before_arm: str | None = None,
+    after_arm: str | None = None,
+    manifest: str | None = None,
 ) -> Comparison:
     """Compare the evaluations in two run folders or JSON-lines files; differing stacks become warnings. An arm picks
-    its lines from a file that holds several, as docs/results/learning.jsonl does.
+    its lines from a file that holds several, as docs/results/learning.jsonl does; a manifest, those of `launch.py
+    evaluate`.
 
     Raises:
         FileNotFoundError: see `read_outcomes`.
@@ -245,7 +256,7 @@ def compare_episodes(
     require_same_world(*stacks, what=f"{before} and {after} cannot be compared")
     warnings = differences(*stacks) if all(stacks) else []
     first, last = (
-        read_outcomes(path, None if arm is None else {"arm": arm})
+        read_outcomes(path, None if arm is None else {"arm": arm}, manifest=manifest)
         for path, arm in ((before, before_arm), (after, after_arm))
     )
     return compare_outcomes(first, last, warnings=warnings)

@@ -228,6 +228,8 @@ def test_a_run_folder_is_read_as_its_last_evaluated_version(tmp_path: Path) -> N
                 line(0, 1, "success", phase="rollout"),
                 line(0, 30, after, phase="evaluation", policy_version=3),
                 line(0, 2, "success", phase="canary", policy_version=4),
+                line(0, 31, after, phase="evaluation-published", policy_version=3),
+                line(0, 32, "success", phase="evaluation-published", policy_version=3),
             ],
         )
         (tmp_path / name / "fingerprint.json").write_text(
@@ -236,6 +238,10 @@ def test_a_run_folder_is_read_as_its_last_evaluated_version(tmp_path: Path) -> N
     comparison = compare_episodes(tmp_path / "a", tmp_path / "b")
     assert (comparison.overall.test.better, comparison.overall.test.n) == (1, 1)
     assert comparison.warnings == ("renderer: gl-a before, gl-b after",)
+    driven = compare_episodes(tmp_path / "a", tmp_path / "b", manifest="published")
+    assert (driven.overall.test.better, driven.overall.test.n) == (1, 2)
+    with pytest.raises(ComparisonError, match="holds no episodes of phase evaluation-held-out"):
+        compare_episodes(tmp_path / "a", tmp_path / "b", manifest="held-out")
     (tmp_path / "a" / "fingerprint.json").write_text("{")
     with pytest.raises(FingerprintError, match=r"fingerprint\.json is not JSON"):
         compare_episodes(tmp_path / "a", tmp_path / "b")
@@ -298,7 +304,7 @@ def test_training_seeds_are_paired_apart_and_arms_are_selected(tmp_path: Path) -
         ComparisonError, match=r"libero_object/0/30/0 \(training seed 0\) is there as timeout and as succ"
     ):
         read_outcomes(path)
-    with pytest.raises(ComparisonError, match=r"holds no evaluation episodes with {'arm': 'grpo'}"):
+    with pytest.raises(ComparisonError, match=r"holds no episodes of an evaluation with {'arm': 'grpo'}"):
         read_outcomes(path, {"arm": "grpo"})
 
 
