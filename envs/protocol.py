@@ -154,7 +154,8 @@ def read_outcomes(
     """The outcomes of one evaluation, from JSON lines of episode records.
 
     Where the lines name a phase, as a run's `episodes.jsonl` does, these are the lines of its own evaluation, or with
-    `manifest` of `launch.py evaluate --manifest`, of the version evaluated last. A line may carry `training_seed`; then trials of equal seed and cell are paired.
+    `manifest` of `launch.py evaluate --manifest`, of the version evaluated last. A line may carry `training_seed`; then
+    trials of equal seed and cell are paired.
 
     Args:
         path: a JSON-lines file, or a run folder.
