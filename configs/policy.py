@@ -48,7 +48,9 @@ class FlowPart(Part):
     expert_width: int = Field(64, ge=16, description="hidden size of the action expert")
     expert_mlp: int = Field(128, ge=16, description="feed-forward size of the action expert")
     steps: int = Field(10, ge=1, description="Euler steps from noise to a chunk")
-    score_draws: int = Field(4, ge=1, description="noise draws that a surrogate score averages over")
+    score_draws: int = Field(
+        4, ge=1, description="noise draws that a surrogate score, or a supervised step, averages over"
+    )
 
 
 class DiffusionPart(Part):
