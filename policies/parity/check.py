@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 import torch
 
-from policies.parity import dora, flow_sde, masked_decode, openpi, openvla, preference
+from policies.parity import dora, flow_sde, masked_decode, openpi, openvla, pi0_transformers, preference
 from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output, Outputs
 
 FAMILIES: dict[str, Family] = {
@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "openpi": openpi.FAMILY,
     "openvla": openvla.FAMILY,
     "peft_dora": dora.FAMILY,
+    "pi0_transformers": pi0_transformers.FAMILY,
 }
 """Name in config.json -> the family."""
 
