@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import PI0Config, PI0ForConditionalGeneration
+from typer.testing import CliRunner
 
+import launch
 from policies.parity.check import check_fixture
 from policies.parity.fixture import Fixture, FixtureError, load_fixture
 from policies.pi0.network import Pi0Network
@@ -134,7 +136,16 @@ def test_the_official_class_comes_out(tmp_path: Path) -> None:
     assert set(results) == set(fixture.expected)
     assert all(passed for passed, _ in results.values())
     # What tells openpi's float64 embedding of flow time apart.
-    assert max(results[name][1] for name in ("logits", "sample_actions", "sample_actions_10steps")) < 2e-5
+    assert max(results[name][1] for name in ("logits", "sample_actions", "sample_actions_10steps")) < 5e-6
+
+
+def test_the_verb_reads_it(tmp_path: Path) -> None:
+    folder = record(tmp_path / "one", under="hf_config", samples={"sample_actions": 7})
+    done = CliRunner().invoke(launch.app, ["parity", str(folder)])
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert lines[0] == f"{folder} (pi0_transformers): 2 of 2 expected tensors"
+    assert lines[-1] == "parity: 2 tensors compared, 0 failed"
 
 
 def test_a_velocity_is_that_of_the_noisy_chunk_where_there_are_no_actions(tmp_path: Path) -> None:
