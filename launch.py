@@ -178,6 +178,9 @@ def parity(
                 f"{result.name}  {result.difference:.2e}  {'pass' if result.passed else 'fail'}"
                 + (f"  ({result.note})" if result.note else "")
             )
+        left_out = sorted(set(fixture.expected) - {result.name for result in results if result.compared})
+        if left_out:
+            typer.echo(f"not compared, for nothing here computes it: {', '.join(left_out)}")
         compared += computed
         failed += sum(not result.passed for result in results)
     typer.echo(f"parity: {compared} tensors compared, {failed} failed")

@@ -19,6 +19,8 @@ import torch
 _LEVEL, _ORDER, _TOKENS, _CHOICE = 0, 1, 2, 3
 """Streams of one key."""
 _TINY = float(np.finfo(np.float32).tiny)
+_FLOOR = 1e-20
+"""What the released decoder adds to a probability before its logarithm."""
 
 
 def uniform_counts(levels: torch.Tensor, length: int) -> torch.Tensor:
@@ -119,6 +121,8 @@ def parallel_decode(
     temperature: float = 1.0,
     choice_temperature: float = 1.0,
     use_remask: bool = False,
+    start: int = 0,
+    as_released: bool = False,
 ) -> ParallelDecoding:
     """Fill the tokens of `tokens_BL` int64 that are `mask_id`, all at once, K times; keep the most confident ones.
 
@@ -126,34 +130,39 @@ def parallel_decode(
     every hidden token (argmax of logits + temperature * Gumbel; temperature 0 is greedy) and hides
     `remask_counts(...)` of them again: the lowest of log p + choice_temperature (1 - r) Gumbel, p being the sample's
     probability at temperature 1. With `use_remask` decoded tokens compete too, their present probability scaled by
-    1 - r; otherwise they stay. Tokens given at the start always stay. No row depends on another. Raises ValueError for
-    a row with nothing to fill.
+    1 - r; otherwise they stay. Tokens given at the start always stay, `mask_id` itself is never drawn, and no row
+    depends on another. `noise` is of the iterations from `start` on. Raises ValueError for a row with nothing to fill.
+
+    `as_released` is Discrete Diffusion VLA's own decoder to the letter: `mask_id` is drawn like any token of the
+    vocabulary, given tokens compete too under `use_remask`, a lone hidden token is drawn anew in every iteration, and
+    tokens that tie with the least confident one that stays are all kept.
     """
     given_BL = tokens_BL != mask_id
     unknown_B = (~given_BL).sum(dim=-1)
     if not bool(unknown_B.all()):
         raise ValueError(f"row {int((unknown_B == 0).nonzero()[0])} has no token {mask_id} to fill")
-    iterations = len(noise.choice_KBL)
+    iterations = start + len(noise.choice_KBL)
     samples, masks, confidences = [], [], []
-    for k in range(iterations):
+    for k, (token_noise_BLV, choice_BL) in enumerate(
+        zip(noise.tokens_KBLV, noise.choice_KBL, strict=True), start=start
+    ):
         ratio = (k + 1) / iterations
         hidden_BL = tokens_BL == mask_id
         logits_BLV = logits_of(tokens_BL).float()
-        if 0 <= mask_id < logits_BLV.shape[-1]:
+        if not as_released and 0 <= mask_id < logits_BLV.shape[-1]:
             logits_BLV = logits_BLV.index_fill(
                 -1, torch.tensor(mask_id, device=logits_BLV.device), -torch.inf
             )
-        drawn_BL = (logits_BLV + temperature * noise.tokens_KBLV[k].to(logits_BLV)).argmax(dim=-1)
+        drawn_BL = (logits_BLV + temperature * token_noise_BLV.to(logits_BLV)).argmax(dim=-1)
         samples_BL = torch.where(hidden_BL, drawn_BL, tokens_BL)
+        stays_BL = given_BL & (not as_released) if use_remask else ~hidden_BL
         confidence_BL = _confidence(
-            logits_BLV, samples_BL, hidden_BL | given_BL, ratio=ratio, use_remask=use_remask
+            logits_BLV, samples_BL, hidden_BL | stays_BL, ratio=ratio, floor=_FLOOR if as_released else 0.0
         )
-        confidence_BL += choice_temperature * (1 - ratio) * noise.choice_KBL[k].to(confidence_BL)
-        stays_BL = given_BL if use_remask else ~hidden_BL
+        confidence_BL += choice_temperature * (1 - ratio) * choice_BL.to(confidence_BL)
         confidence_BL = torch.where(stays_BL, torch.inf, confidence_BL)
-        # Stable, so that equal confidences hide the earlier token whatever the batch.
-        ranks_BL = confidence_BL.argsort(dim=-1, stable=True).argsort(dim=-1)
-        masked_BL = ranks_BL < remask_counts(unknown_B, k, iterations)[:, None]
+        counts_B = remask_counts(unknown_B, k, iterations)
+        masked_BL = (_below_cut if as_released else _lowest)(confidence_BL, counts_B)
         tokens_BL = torch.where(masked_BL, mask_id, samples_BL)
         samples.append(samples_BL)
         masks.append(masked_BL)
@@ -183,16 +192,28 @@ def _confidence(
     fresh_BL: torch.Tensor,
     *,
     ratio: float,
-    use_remask: bool,
+    floor: float,
 ) -> torch.Tensor:
-    """log p of every sample, float32 [B, L]; with `use_remask` tokens that were decoded earlier lose log(1 - r)."""
+    """log(p + floor) of every sample, float32 [B, L]; of those that are not `fresh_BL` p counts times 1 - r."""
     logps_BLV = torch.log_softmax(logits_BLV, dim=-1)
     known_BL = samples_BL.clamp(0, logits_BLV.shape[-1] - 1)  # given tokens may lie outside the vocabulary
     logps_BL = logps_BLV.gather(-1, known_BL[..., None]).squeeze(-1)
-    if not use_remask:
-        return logps_BL
     penalty = math.log(1 - ratio) if ratio < 1 else -math.inf
-    return torch.where(fresh_BL, logps_BL, logps_BL + penalty)
+    logps_BL = torch.where(fresh_BL, logps_BL, logps_BL + penalty)
+    return torch.logaddexp(logps_BL, torch.full_like(logps_BL, math.log(floor))) if floor else logps_BL
+
+
+def _lowest(confidence_BL: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+    """The so many least confident of each row, bool [B, L]."""
+    # Stable, so that equal confidences hide the earlier token whatever the batch.
+    ranks_BL = confidence_BL.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return ranks_BL < counts_B[:, None]
+
+
+def _below_cut(confidence_BL: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+    """What lies below the confidence of that rank, which is 1 at least, bool [B, L]."""
+    ranks_B = counts_B.clamp(min=1, max=confidence_BL.shape[-1] - 1)
+    return confidence_BL < confidence_BL.sort(dim=-1).values.gather(-1, ranks_B[:, None])
 
 
 def _generator(key: int, draw: int, stream: int) -> np.random.Generator:

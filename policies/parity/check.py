@@ -8,8 +8,8 @@ from fnmatch import fnmatch
 
 import torch
 
-from policies.parity import dora, flow_sde, masked_decode, openpi, openvla, preference
-from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output
+from policies.parity import dora, flow_sde, masked_decode, openpi, openvla, pi0_transformers, preference
+from policies.parity.fixture import TOLERANCE, Comparison, Family, Fixture, FixtureError, Output, Outputs
 
 FAMILIES: dict[str, Family] = {
     "dpo": preference.FAMILY,
@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "openpi": openpi.FAMILY,
     "openvla": openvla.FAMILY,
     "peft_dora": dora.FAMILY,
+    "pi0_transformers": pi0_transformers.FAMILY,
 }
 """Name in config.json -> the family."""
 
@@ -25,15 +26,15 @@ FAMILIES: dict[str, Family] = {
 def check_fixture(fixture: Fixture) -> Iterator[Comparison]:
     """Every expected tensor that the family computes, compared; then what had to be compared and was not.
 
-    Raises FixtureError for an unknown family, or weights and settings that do not fit.
+    Raises FixtureError, in one line that names the folder, for an unknown family, or tensors and settings that do not
+    fit.
     """
     family = _family(fixture)
-    with torch.random.fork_rng(devices=[]):
-        outputs = family.compute(fixture)
+    outputs, patterns = _computed(family, fixture)
     compared = [name for name in fixture.expected if name in outputs]
     for name in compared:
         yield compare(name, outputs[name], fixture.expected[name])
-    for pattern in family.required:
+    for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in compared):
             note = "required, but no expected tensor of this name was compared"
             yield Comparison(name=pattern, difference=float("nan"), passed=False, compared=False, note=note)
@@ -58,9 +59,26 @@ def compare(name: str, output: Output, expected: torch.Tensor) -> Comparison:
     return Comparison(name=name, difference=gap.max().item(), passed=bool((gap <= allowed).all()))
 
 
+def _computed(family: Family, fixture: Fixture) -> tuple[Outputs, tuple[str, ...]]:
+    """What the family computes, and the patterns of what has to be compared."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return family.compute(fixture), family.required + family.required_by(fixture)
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        prefix = "" if str(fixture.folder) in text else f"{fixture.folder}: "
+        raise FixtureError(prefix + text) from error
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        # What is on the disk was written by others; whatever it breaks, the other folders are still to be compared.
+        raise FixtureError(
+            f"{fixture.folder}: config.json, inputs or expected tensors do not fit the family "
+            f"{fixture.config['family']!r}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
 def _family(fixture: Fixture) -> Family:
     name = fixture.setting("family")
-    if name in FAMILIES:
+    if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
     near = difflib.get_close_matches(str(name), FAMILIES, n=1)
     hint = f", nearest is {near[0]!r}" if near else ""

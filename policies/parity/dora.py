@@ -26,7 +26,7 @@ def compute(fixture: Fixture) -> Outputs:
     """
     found: dict[str, Output] = {}
     given = fixture.tensors("adapters.safetensors")
-    for name, settings in fixture.setting("adapters").items():
+    for name, settings in _settings(fixture).items():
         saved = {key.removeprefix(f"{name}/"): t for key, t in given.items() if key.startswith(f"{name}/")}
         if not saved:
             raise FixtureError(
@@ -35,10 +35,22 @@ def compute(fixture: Fixture) -> Outputs:
             )
         try:
             found |= {f"{name}/{key}": output for key, output in _adapter(fixture, saved, settings).items()}
+        except FixtureError:
+            raise
         except ValueError as error:
             raise FixtureError(f"{fixture.folder}: adapter {name!r}: {error}") from error
     with torch.no_grad():
         found["logits_base"] = Output(_run(fixture, _network(fixture, fixture.weights)).logits)
+    return found
+
+
+def _settings(fixture: Fixture) -> Mapping[str, Mapping[str, Any]]:
+    """Adapter -> its adapter_config.json."""
+    found = fixture.setting("adapters")
+    if not isinstance(found, dict) or not all(isinstance(settings, dict) for settings in found.values()):
+        raise FixtureError(
+            f"{fixture.folder / 'config.json'}: adapters are {found!r}, expected an object of name: settings"
+        )
     return found
 
 
@@ -58,14 +70,8 @@ def _adapter(
     adapters.load(network, weights)
     with torch.no_grad():
         found["logits_adapter"] = Output(_run(fixture, network).logits)
-    # The way a learner takes: merged once, gradients carried on to the factors.
-    with adapters.merged_forward(network):
-        loss = _run(fixture, network).loss
-        loss.backward()
-    found["loss"] = Output(loss, relative=1e-3)
-    for name, parameter in adapters.parameters(network).items():
-        if parameter.grad is not None:
-            found[f"grad/{_saved_name(name)}"] = Output(parameter.grad, relative=1e-4)
+    if "labels" in fixture.inputs:
+        found |= _training(fixture, network)
     merged = {
         name: torch.from_numpy(array)
         for name, array in merging.merge(base, adapters.extract(network, base_hash="")).items()
@@ -74,6 +80,19 @@ def _adapter(
     with torch.no_grad():
         found["logits_merged"] = Output(_run(fixture, _network(fixture, merged)).logits)
     return found
+
+
+def _training(fixture: Fixture, network: LlamaForCausalLM) -> dict[str, Output]:
+    """The way a learner takes: merged once, gradients carried on to the factors."""
+    with adapters.merged_forward(network):
+        loss = _run(fixture, network).loss
+        loss.backward()
+    gradients = {
+        f"grad/{_saved_name(name)}": Output(parameter.grad, relative=1e-4)
+        for name, parameter in adapters.parameters(network).items()
+        if parameter.grad is not None
+    }
+    return {"loss": Output(loss, relative=1e-3), **gradients}
 
 
 def _network(fixture: Fixture, weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -97,9 +116,9 @@ def _network(fixture: Fixture, weights: Mapping[str, torch.Tensor]) -> LlamaForC
 
 def _run(fixture: Fixture, network: LlamaForCausalLM) -> Any:
     return network(
-        input_ids=fixture.input("input_ids"),
+        input_ids=fixture.ids("input_ids", network.config.vocab_size),
         attention_mask=fixture.inputs.get("attention_mask"),
-        labels=fixture.input("labels"),
+        labels=fixture.inputs.get("labels"),
     )
 
 
@@ -108,6 +127,4 @@ def _saved_name(parameter: str) -> str:
     return f"base_model.model.{layer}.{_SAVED_AS[key]}"
 
 
-FAMILY = Family(
-    compute=compute, required=("*/merged/*", "*/logits_adapter", "*/logits_merged", "*/grad/*", "*/loss")
-)
+FAMILY = Family(compute=compute, required=("*/merged/*", "*/logits_adapter", "*/logits_merged"))

@@ -47,6 +47,18 @@ class Fixture:
             raise FixtureError(f"{self.folder / 'inputs.safetensors'} lacks the tensor {name!r}")
         return self.inputs[name]
 
+    def ids(self, name: str, vocabulary: int, *, also: int | None = None) -> torch.Tensor:
+        """A required input of token ids. Raises FixtureError for one that is neither in 0 .. vocabulary - 1 nor
+        `also`."""
+        ids = self.input(name)
+        odd = ids[((ids < 0) | (ids >= vocabulary)) & (ids != (-1 if also is None else also))]
+        if odd.numel():
+            raise FixtureError(
+                f"{self.folder / 'inputs.safetensors'}: {name} holds the token {int(odd[0])}, "
+                f"expected 0 .. {vocabulary - 1}"
+            )
+        return ids
+
     def tensors(self, file: str) -> dict[str, torch.Tensor]:
         """Tensors of a further file, e.g. `adapters.safetensors`. Raises FixtureError naming it."""
         return _tensors(self.folder / file, required=True)
@@ -80,14 +92,20 @@ Outputs = Mapping[str, Output]
 """Expected tensor's name -> what was computed for it."""
 
 
+def _nothing_more(fixture: Fixture) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """What a family module gives: `compute` and the outputs without which a pass proves too little."""
 
     compute: Callable[[Fixture], Outputs]
-    """Fixture -> Outputs. Raises FixtureError for weights or settings that do not fit."""
+    """Fixture -> Outputs. Raises ValueError in one line for weights, settings or inputs that do not fit."""
     required: tuple[str, ...] = field(default=())
     """fnmatch patterns, each of which at least one compared tensor must match."""
+    required_by: Callable[[Fixture], tuple[str, ...]] = _nothing_more
+    """Further patterns, which depend on the fixture."""
 
 
 def load_fixture(folder: str | Path) -> Fixture:
@@ -98,7 +116,7 @@ def load_fixture(folder: str | Path) -> Fixture:
         raise FixtureError(f"{folder} is not a fixture: it has no config.json")
     try:
         config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FixtureError(f"{config_file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise FixtureError(f"{config_file} holds a {type(config).__name__}, expected an object")

@@ -6,28 +6,47 @@ Letters: B observations, C cameras, P prefix tokens, H actions of a chunk, A act
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from policies.decoding.prefix import Prefix, PrefixCache, attention_mask, positions
 from policies.parity.fixture import Family, Fixture, FixtureError, Output
-from policies.pi0.checkpoint import LAYOUTS, load_pi0
+from policies.pi0.checkpoint import LAYOUTS, check_weights, load_pi0
 from policies.pi0.network import Pi0Network, noisy_chunk, velocity_errors
-from policies.pi0.sizes import Pi0Config, StreamSize, VisionSize
+from policies.pi0.sizes import GEMMA_2B, GEMMA_300M, Pi0Config, StreamSize, VisionSize
 
 LOSS_RELATIVE = 1e-5
 """Losses of tens are right to float32's precision only."""
 STEPS = 10
 """Euler steps of `sample_actions` where the fixture does not say."""
+_VISION = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "mlp": "intermediate_size",
+    "heads": "num_attention_heads",
+    "image": "image_size",
+    "patch": "patch_size",
+}
+_STREAM = {
+    "width": "width",
+    "depth": "depth",
+    "mlp": "mlp_dim",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+}
+_VARIANTS = {"gemma_2b": GEMMA_2B, "gemma_300m": GEMMA_300M}
+"""openpi's names of sizes; with `_lora` behind them, they are those of the same network with adapters."""
 
 
 def compute(fixture: Fixture) -> dict[str, Output]:
-    """Everything the fixture expects. Raises FixtureError for sizes or weights that do not fit."""
-    try:
-        network = load_pi0(fixture.folder / "weights.safetensors", _config(fixture))
-    except ValueError as error:
-        raise FixtureError(str(error)) from error
+    """Everything the fixture expects. Raises ValueError for sizes, weights or inputs that do not fit."""
+    file, config = fixture.folder / "weights.safetensors", _config(fixture)
+    check_weights(file, config)  # before memory is taken for sizes that may not be the weights' own
+    network = load_pi0(file, config)
+    fixture.ids("tokenized_prompt", network.config.vocab)
     with torch.no_grad():
         image_tokens = network.encode_images(_cameras(fixture, "image"))
         prefix = network.join_prefix(
@@ -46,42 +65,51 @@ def compute(fixture: Fixture) -> dict[str, Output]:
         }
 
 
-FAMILY = Family(compute=compute, required=("loss", "v_t", "sample_actions", "grad.*"))
+FAMILY = Family(compute=compute, required=("loss", "v_t", "sample_actions*", "grad.*"))
 
 
 def _config(fixture: Fixture) -> Pi0Config:
-    vision: dict[str, int] = fixture.setting("vision_config")
-    try:
-        return Pi0Config(
-            adaptive=fixture.setting("pi05"),
-            vision=VisionSize(
-                width=vision["hidden_size"],
-                depth=vision["num_hidden_layers"],
-                mlp=vision["intermediate_size"],
-                heads=vision["num_attention_heads"],
-                image=vision["image_size"],
-                patch=vision["patch_size"],
-            ),
-            vlm=_stream(fixture.setting("paligemma_variant")),
-            expert=_stream(fixture.setting("action_expert_variant")),
-            vocab=fixture.setting("vocab_size"),
-            horizon=fixture.setting("action_horizon"),
-            action_dim=fixture.setting("action_dim"),
-            state_dim=fixture.input("state").shape[-1],
-        )
-    except KeyError as error:
-        raise FixtureError(f"{fixture.folder / 'config.json'} lacks the size {error}") from error
-
-
-def _stream(variant: dict[str, Any]) -> StreamSize:
-    return StreamSize(
-        width=variant["width"],
-        depth=variant["depth"],
-        mlp=variant["mlp_dim"],
-        heads=variant["num_heads"],
-        kv_heads=variant["num_kv_heads"],
-        head_dim=variant["head_dim"],
+    state = _state(fixture)
+    vision = _sizes(fixture, "vision_config", fixture.setting("vision_config"), _VISION)
+    return Pi0Config(
+        adaptive=fixture.setting("pi05"),
+        vision=VisionSize(**vision),
+        vlm=_stream(fixture, "paligemma_variant"),
+        expert=_stream(fixture, "action_expert_variant"),
+        vocab=fixture.setting("vocab_size"),
+        horizon=fixture.setting("action_horizon"),
+        action_dim=fixture.setting("action_dim"),
+        state_dim=fixture.setting("action_dim") if state is None else state.shape[-1],
     )
+
+
+def _stream(fixture: Fixture, setting: str) -> StreamSize:
+    """Of an object of sizes, or of a name that openpi has for them."""
+    variant = fixture.setting(setting)
+    if not isinstance(variant, str):
+        return StreamSize(**_sizes(fixture, setting, variant, _STREAM))
+    size = _VARIANTS.get(variant.removesuffix("_lora"))
+    if size is None:
+        raise FixtureError(
+            f"{fixture.folder / 'config.json'}: {setting} is {variant!r}, expected {' or '.join(_VARIANTS)} or an "
+            f"object with {', '.join(_STREAM.values())}"
+        )
+    return size
+
+
+def _sizes(fixture: Fixture, setting: str, given: Any, names: Mapping[str, str]) -> dict[str, int]:
+    """Our name of a size -> its value, `names` being ours -> openpi's."""
+    missing = [key for key in names.values() if not isinstance(given, dict) or key not in given]
+    if missing:
+        raise FixtureError(
+            f"{fixture.folder / 'config.json'}: {setting} lacks the size {missing[0]!r}; it is {given!r}"
+        )
+    return {name: given[key] for name, key in names.items()}
+
+
+def _state(fixture: Fixture) -> torch.Tensor | None:
+    """pi-0.5 reads none, so there need be none."""
+    return fixture.inputs.get("state") if fixture.setting("pi05") else fixture.input("state")
 
 
 def _cameras(fixture: Fixture, kind: str) -> torch.Tensor:
@@ -104,7 +132,7 @@ def _of_prefix(prefix: Prefix, cache: PrefixCache) -> dict[str, Output]:
 
 
 def _of_velocity(network: Pi0Network, cache: PrefixCache, fixture: Fixture) -> dict[str, Output]:
-    x_BHA, t_B, state_BS = (fixture.input(name) for name in ("x_t", "t", "state"))
+    x_BHA, t_B, state_BS = fixture.input("x_t"), fixture.input("t"), _state(fixture)
     joint = network.velocity_joint(
         _cameras(fixture, "image"),
         _cameras(fixture, "image_mask"),
@@ -118,7 +146,7 @@ def _of_velocity(network: Pi0Network, cache: PrefixCache, fixture: Fixture) -> d
 
 
 def _of_sampling(network: Pi0Network, cache: PrefixCache, fixture: Fixture) -> dict[str, Output]:
-    noise, state = fixture.input("sample_noise"), fixture.input("state")
+    noise, state = fixture.input("sample_noise"), _state(fixture)
     traced = [
         fixture.expected[f"sample_{of}"]
         for of in ("times", "x_t", "v_t")
@@ -133,13 +161,14 @@ def _of_sampling(network: Pi0Network, cache: PrefixCache, fixture: Fixture) -> d
         "sample_v_t": Output(torch.stack([step.v_RHA for step in path])),
     }
     for name in fixture.expected:
-        if steps := re.fullmatch(r"sample_actions_(\d+)steps?", name):
+        if steps := re.fullmatch(r"sample_actions_(\d+)_?steps?", name):
             outputs[name] = Output(network.sample(cache, noise, int(steps[1]), state))
     return outputs
 
 
 def _of_training(network: Pi0Network, prefix: Prefix, fixture: Fixture) -> dict[str, Output]:
-    actions, noise, t_B, state = (fixture.input(name) for name in ("actions", "noise", "time", "state"))
+    actions, noise, t_B = (fixture.input(name) for name in ("actions", "noise", "time"))
+    state = _state(fixture)
     x_BHA = noisy_chunk(actions, noise, t_B)
     suffix = network.embed_suffix(x_BHA, t_B, state)
     hidden = network.run_suffix(network.encode_prefix(prefix), suffix)
@@ -171,7 +200,7 @@ def _of_loss(network: Pi0Network, fixture: Fixture, x_BHA: torch.Tensor) -> dict
             fixture.input("tokenized_prompt_mask"),
             x_BHA=x_BHA,
             t_B=fixture.input("time"),
-            state_BS=fixture.input("state"),
+            state_BS=_state(fixture),
         )
         loss = velocity_errors(v_BHA, fixture.input("actions"), fixture.input("noise"))
         loss.mean().backward()

@@ -5,8 +5,11 @@ Letters: B examples, N image tokens, T text tokens, S = T + N, L action tokens, 
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,21 +28,16 @@ Named = Iterator[tuple[str, Output]]
 
 
 def compute(fixture: Fixture) -> Outputs:
-    """Every expected tensor. Raises FixtureError when the settings, the weights or a name's own numbers do not fit."""
-    try:
-        layout, network = _network(fixture)
-        pixels = fixture.input("pixel_values")
-        with torch.no_grad():
-            image_tokens = _image_tokens(network, pixels)
-        outputs = dict(_vision(network, pixels))
-        outputs |= _teacher_forced(fixture, network)
-        outputs |= _given_actions(fixture, network, image_tokens)
-        outputs |= _decoding(fixture, layout, network, image_tokens)
-        outputs |= _action_tokens(fixture, layout)
-    except FixtureError:
-        raise
-    except ValueError as error:
-        raise FixtureError(str(error)) from error
+    """Every expected tensor. Raises ValueError when settings, weights, inputs or a name's own numbers do not fit."""
+    layout, network = _network(fixture)
+    pixels = fixture.input("pixel_values")
+    with torch.no_grad():
+        image_tokens = _image_tokens(network, pixels)
+    outputs = dict(_vision(network, pixels))
+    outputs |= _teacher_forced(fixture, network)
+    outputs |= _given_actions(fixture, network, image_tokens)
+    outputs |= _decoding(fixture, layout, network, image_tokens)
+    outputs |= _action_tokens(fixture, layout)
     return outputs
 
 
@@ -52,6 +50,45 @@ def _network(fixture: Fixture) -> tuple[OpenVLALayout, OpenVLA]:
     network = layout.allocate(device=torch.device("cpu"), dtype=torch.float32)
     fill(network, fixture.weights.items())
     return layout, network
+
+
+def _norm_stats(fixture: Fixture) -> dict[str, Any]:
+    """Of config.json itself, or of the official one in it."""
+    found = fixture.config.get("norm_stats") or fixture.setting("official_hf_config").get("norm_stats")
+    if not isinstance(found, dict) or not found:
+        raise FixtureError(
+            f"{fixture.folder / 'config.json'} lacks 'norm_stats', there and in 'official_hf_config'; expected data "
+            "set: statistics"
+        )
+    return found
+
+
+def _text(fixture: Fixture, network: OpenVLA, ids: str, mask: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids int64 [B, T] and mask bool [B, T]. Raises FixtureError for what is padded otherwise."""
+    text_BT = fixture.ids(ids, network.language_model.config.vocab_size)
+    mask_BT = fixture.input(mask).bool()
+    where = fixture.folder / "inputs.safetensors"
+    rows = len(fixture.input("pixel_values"))
+    if text_BT.shape != mask_BT.shape or len(text_BT) != rows:
+        raise FixtureError(
+            f"{where}: {ids} has shape {list(text_BT.shape)} and {mask} {list(mask_BT.shape)}, expected one shape with "
+            f"the {rows} rows of pixel_values"
+        )
+    if bool((mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()) or not bool(mask_BT[:, 0].all()):
+        row = int((~mask_BT[:, 0] | (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any(dim=1)).nonzero()[0])
+        raise FixtureError(
+            f"{where}: {mask} is {mask_BT[row].int().tolist()} in row {row}, expected ones and then zeros: texts are "
+            "padded on the right"
+        )
+    return text_BT, mask_BT
+
+
+def _unnormalised(fixture: Fixture) -> tuple[str, ...]:
+    """Two data sets' actions, or all where there are fewer: a mask and the lack of one are not the same."""
+    known = [f"greedy_actions_{glob.escape(key)}" for key in sorted(_norm_stats(fixture))]
+    found = sum(name.startswith("greedy_actions_") for name in fixture.expected)
+    absent = [name for name in known if not fnmatch.filter(fixture.expected, name)]
+    return tuple(absent[: max(0, min(2, len(known)) - found)])
 
 
 def _image_tokens(network: OpenVLA, pixels: torch.Tensor) -> torch.Tensor:
@@ -72,7 +109,7 @@ def _vision(network: OpenVLA, pixels: torch.Tensor) -> Named:
 
 def _teacher_forced(fixture: Fixture, network: OpenVLA) -> Named:
     """Logits and hidden states where the text is no padding, the loss and its gradients."""
-    text, mask = fixture.input("tf_input_ids"), fixture.input("tf_attention_mask").bool()
+    text, mask = _text(fixture, network, "tf_input_ids", "tf_attention_mask")
     image_tokens = _image_tokens(network, fixture.input("pixel_values"))
     out = network.read(text, image_tokens, labels_BT=fixture.input("tf_labels"))
     assert out.loss is not None
@@ -102,18 +139,19 @@ def _teacher_forced(fixture: Fixture, network: OpenVLA) -> Named:
 @torch.no_grad()
 def _given_actions(fixture: Fixture, network: OpenVLA, image_tokens: torch.Tensor) -> Named:
     """What predicts each given action token: over the whole vocabulary, and over the action tokens alone."""
-    ids = fixture.input("given_action_ids")
+    prompt, prompt_mask = _text(fixture, network, "input_ids", "attention_mask")
+    ids = fixture.ids("given_action_ids", network.language_model.config.vocab_size)
     unseen = torch.zeros(len(ids), 1, 1, 3, dtype=torch.uint8)
-    prompt_mask = fixture.input("attention_mask").bool()
     batch = DecisionBatch(
         agentview_BHWC=unseen,
         wrist_BHWC=unseen,
         proprio_BP=torch.empty(len(ids), 0),
-        prompt_BT=fixture.input("input_ids"),
+        prompt_BT=prompt,
         prompt_mask_BT=prompt_mask,
         chunk_BL=ids,
     )
-    if not torch.equal(prompt_mask.sum(dim=1), fixture.input("prompt_len")):
+    lengths = prompt_mask.sum(dim=1)
+    if not torch.equal(lengths, fixture.inputs.get("prompt_len", lengths)):
         raise FixtureError(f"{fixture.folder}: prompt_len is not the number of ones in attention_mask")
     whole = network.language_model.lm_head(network.action_hidden(batch, image_tokens))
     actions = network(batch, image_tokens)
@@ -130,14 +168,19 @@ def _given_actions(fixture: Fixture, network: OpenVLA, image_tokens: torch.Tenso
     yield "action_logits_action_range", Output(actions)
     for name in fixture.expected:
         if found := re.fullmatch(r"action_logits_ex(\d+)_full_vocab", name):
+            if int(found[1]) >= len(whole):
+                raise FixtureError(
+                    f"{fixture.folder / 'expected.safetensors'}: {name} is of example {found[1]}, "
+                    f"inputs.safetensors has {len(whole)}"
+                )
             yield name, Output(whole[int(found[1])])
 
 
 @torch.no_grad()
 def _decoding(fixture: Fixture, layout: OpenVLALayout, network: OpenVLA, image_tokens: torch.Tensor) -> Named:
     """Greedy tokens over the whole vocabulary as published, and over the action tokens as policies here decode."""
-    prompt, mask = fixture.input("input_ids"), fixture.input("attention_mask").bool()
-    norm_stats = fixture.setting("norm_stats")
+    prompt, mask = _text(fixture, network, "input_ids", "attention_mask")
+    norm_stats = _norm_stats(fixture)
     where = str(fixture.folder / "config.json")
     length = fixture.input("given_action_ids").shape[1]
     ids, logits = greedy_over_vocabulary(network, image_tokens, prompt, mask, length=length)
@@ -189,4 +232,5 @@ FAMILY = Family(
         "decoded_actions",
         "tf_loss",
     ),
+    required_by=_unnormalised,
 )

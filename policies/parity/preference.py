@@ -35,7 +35,7 @@ def _outputs(fixture: Fixture) -> Iterator[tuple[str, Output]]:
         if match := _FORM.fullmatch(name):
             value = _form_output(fixture, name, match)
             if match["what"] == "grad_policy_token_logps":
-                where = torch.cat([fixture.input(f"{side}_token_mask") for side in _SIDES])
+                where = torch.cat([_mask(fixture, side) for side in _SIDES])
         elif match := _METRIC.fullmatch(name):
             value = _metric(fixture, match["kind"], match["what"], _number(fixture, name, match["beta"]))
         elif match := _FLOW.fullmatch(name):
@@ -89,8 +89,8 @@ def _loss(
 ) -> dpo.PreferenceLoss | None:
     chosen, rejected = (_log_ratios(fixture, side, tokens[side]) for side in _SIDES)
     if form in ("ipo", "sigmoid_norm"):
-        chosen = chosen / fixture.input("chosen_token_mask").sum(dim=-1)
-        rejected = rejected / fixture.input("rejected_token_mask").sum(dim=-1)
+        chosen = chosen / _mask(fixture, "chosen").sum(dim=-1)
+        rejected = rejected / _mask(fixture, "rejected").sum(dim=-1)
     match form:
         case "sigmoid":
             return dpo.sigmoid_loss(chosen, rejected, beta=beta, label_smoothing=smoothing)
@@ -108,8 +108,18 @@ def _tokens(fixture: Fixture, side: str) -> torch.Tensor:
     return fixture.input(f"policy_{side}_token_logps").clone()
 
 
+def _mask(fixture: Fixture, side: str) -> torch.Tensor:
+    mask, logps = fixture.input(f"{side}_token_mask"), fixture.input(f"policy_{side}_token_logps")
+    if mask.shape != logps.shape:
+        raise FixtureError(
+            f"{fixture.folder / 'inputs.safetensors'}: {side}_token_mask has shape {list(mask.shape)}, "
+            f"expected that of policy_{side}_token_logps, {list(logps.shape)}"
+        )
+    return mask.bool()
+
+
 def _log_ratios(fixture: Fixture, side: str, policy_tokens: torch.Tensor) -> torch.Tensor:
-    mask = fixture.input(f"{side}_token_mask")
+    mask = _mask(fixture, side)
     reference = torch.where(mask, fixture.input(f"ref_{side}_token_logps"), 0).sum(dim=-1)
     return torch.where(mask, policy_tokens, 0).sum(dim=-1) - reference
 
@@ -119,7 +129,7 @@ def _metric(fixture: Fixture, kind: str, what: str, beta: float) -> torch.Tensor
     tokens = {side: _tokens(fixture, side) for side in _SIDES}
     loss = _loss(fixture, "sigmoid", tokens, beta, 0.0)
     assert loss is not None
-    masks = {side: fixture.input(f"{side}_token_mask") for side in _SIDES}
+    masks = {side: _mask(fixture, side) for side in _SIDES}
     values = {
         **{f"logps/{side}": torch.where(masks[side], tokens[side], 0).sum(dim=-1) for side in _SIDES},
         "rewards/chosen": loss.chosen_rewards,

@@ -52,11 +52,11 @@ class Pi0Network(nn.Module):
     """pi-0 or, where `config.adaptive`, pi-0.5.
 
     pi-0's parts are those of `transformers.PI0ForConditionalGeneration`, which computes openpi's function but for
-    its float32 time embedding, replaced here. Its `forward` and `sample_actions` are not called: they unpack
-    cameras row by row on the host, write each pass into the prefix's cache and crop it again, so that no two
-    passes can share a prefix, and take the times of Euler steps as 1 + k dt where openpi sums them up, which the
-    time embedding turns into 1e-4 on a chunk. pi-0.5 is not in transformers; its language model is the same
-    `PaliGemmaModel`, its expert `policies.pi0.expert`.
+    its float32 time embedding, replaced here unless `config.time` is "transformers". Its `forward` and
+    `sample_actions` are not called: they unpack cameras row by row on the host, write each pass into the
+    prefix's cache and crop it again, so that no two passes can share a prefix, and take the times of Euler
+    steps as 1 + k dt where openpi sums them up, which the time embedding turns into 1e-4 on a chunk. pi-0.5
+    is not in transformers; its language model is the same `PaliGemmaModel`, its expert `policies.pi0.expert`.
 
     State dict: `vlm.*`, `expert.*`, `suffix.*`, `action_out_proj.*`. Computes in the dtype of its parameters; chunks
     and velocities are float32.
@@ -76,7 +76,8 @@ class Pi0Network(nn.Module):
             self.vlm, self.expert = pi0.model.vlm, pi0.model.dit
             self.expert.register_module("embed_tokens", None)  # the expert reads no words
             self.suffix, self.action_out_proj = pi0.embed_action_time, pi0.action_out_proj
-            self.suffix.set_submodule("sinusoid_embeds", TimeEmbedding(config.expert.width))
+            if config.time == "openpi":
+                self.suffix.set_submodule("sinusoid_embeds", TimeEmbedding(config.expert.width))
 
     def encode_images(self, images_BCXHW: torch.Tensor) -> torch.Tensor:
         """Float images in [-1, 1], [B, C, 3, H, W] -> image tokens [B, C, I, D].
@@ -139,7 +140,7 @@ class Pi0Network(nn.Module):
         return Suffix(tokens_RTE=tokens_RTE, starts_T=torch.cat([starts_T[:1], starts_T]), cond_RE=None)
 
     def embed_time(self, t_R: torch.Tensor) -> torch.Tensor:
-        """Sines and cosines of flow times, float64 [R, E]."""
+        """Sines and cosines of flow times [R, E], float64 (transformers' float32)."""
         return self.suffix.get_submodule("sinusoid_embeds")(t_R)
 
     def run_suffix(self, cache: PrefixCache, suffix: Suffix) -> torch.Tensor:
@@ -209,15 +210,16 @@ class Pi0Network(nn.Module):
         """Euler's method from t = 1 to t = 0 in `steps` equal steps. Raises ValueError for no steps."""
         if steps < 1:
             raise ValueError(f"steps must be 1 or more, got {steps}")
-        # Time is summed up in float32, as in openpi: the time embedding's shortest period feels the rounding.
+        # openpi sums time up in float32: the time embedding's shortest period feels the rounding.
         t = torch.ones((), dtype=torch.float32, device=noise_RHA.device)
         dt = torch.full_like(t, -1 / steps)
         x_RHA = noise_RHA
-        for _ in range(steps):
+        for done in range(1, steps + 1):
             v_RHA = self.velocity(cache, x_RHA, t.expand(len(x_RHA)), state_BS)
             step = EulerStep(t=t, x_RHA=x_RHA, v_RHA=v_RHA, next_RHA=x_RHA + dt * v_RHA)
             yield step
-            x_RHA, t = step.next_RHA, t + dt
+            x_RHA = step.next_RHA
+            t = t + dt if self.config.time == "openpi" else torch.full_like(t, 1 + done * (-1 / steps))
 
     @torch.no_grad()
     def sample(

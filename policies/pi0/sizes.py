@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import GemmaConfig, PaliGemmaConfig, PI0Config
 
 NORM_EPS = 1e-6
 """Epsilon of every RMS norm and layer norm."""
 ROPE_THETA = 1e4
+_GELU = "gelu_pytorch_tanh"
 _SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}
 """The attention that takes bool masks."""
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -61,8 +62,13 @@ class Pi0Config:
     """Dimensions of a padded action."""
     state_dim: int = 32
     """Dimensions of a padded state; pi-0 alone reads it."""
+    time: Literal["openpi", "transformers"] = "openpi"
+    """Whose arithmetic of flow time. openpi embeds it in float64 and sums it up over Euler steps, as every published
+    checkpoint was trained and served; transformers' pi-0 embeds it in float32 and takes step k at 1 - k / steps."""
 
     def __post_init__(self) -> None:
+        if self.adaptive and self.time != "openpi":
+            raise ValueError(f"time is {self.time!r}, expected 'openpi': pi-0.5 is not in transformers")
         for name in ("depth", "heads", "kv_heads", "head_dim"):
             vlm, expert = getattr(self.vlm, name), getattr(self.expert, name)
             if vlm != expert:
@@ -115,6 +121,59 @@ def pi0_config(config: Pi0Config) -> PI0Config:
         max_period=MAX_PERIOD,
         loss_reduction="none",
         **_SDPA,
+    )
+
+
+def config_of_transformers(official: PI0Config) -> Pi0Config:
+    """The sizes of transformers' own pi-0, and its arithmetic of flow time. Raises ValueError for a setting that no
+    network here has."""
+    vlm: Any = official.vlm_config  # made of a dictionary by then
+    dit: Any = official.dit_config
+    vision, text = vlm.vision_config, vlm.text_config
+    fixed = {
+        "min_period": (official.min_period, MIN_PERIOD),
+        "max_period": (official.max_period, MAX_PERIOD),
+        "vision_config.layer_norm_eps": (vision.layer_norm_eps, NORM_EPS),
+        "vision_config.hidden_act": (vision.hidden_act, _GELU),
+    }
+    for name, stream in (("text_config", text), ("dit_config", dit)):
+        fixed |= {
+            f"{name}.rms_norm_eps": (stream.rms_norm_eps, NORM_EPS),
+            f"{name}.hidden_act": (stream.hidden_act, _GELU),
+            f"{name}.rope_theta": (stream.rope_parameters["rope_theta"], ROPE_THETA),
+            f"{name}.attention_bias": (stream.attention_bias, False),
+        }
+    for name, (value, expected) in fixed.items():
+        if value != expected:
+            raise ValueError(f"{name} is {value!r}, expected pi-0's {expected!r}")
+    return Pi0Config(
+        adaptive=False,
+        vision=VisionSize(
+            width=vision.hidden_size,
+            depth=vision.num_hidden_layers,
+            mlp=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            image=vision.image_size,
+            patch=vision.patch_size,
+        ),
+        vlm=_stream(text),
+        expert=_stream(dit),
+        vocab=text.vocab_size,
+        horizon=official.chunk_size,
+        action_dim=official.max_action_dim,
+        state_dim=official.max_state_dim,
+        time="transformers",
+    )
+
+
+def _stream(official: GemmaConfig) -> StreamSize:
+    return StreamSize(
+        width=official.hidden_size,
+        depth=official.num_hidden_layers,
+        mlp=official.intermediate_size,
+        heads=official.num_attention_heads,
+        kv_heads=official.num_key_value_heads,
+        head_dim=official.head_dim,
     )
 
 

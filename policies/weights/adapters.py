@@ -209,12 +209,19 @@ def adapter_from_peft(
 
     Rank-stabilised LoRA (arXiv 2312.03732), whose scaling is alpha / sqrt(r), becomes a part of alpha sqrt(r) and rank
     r. Dropout is left out. Raises ValueError naming the first tensor that is not a factor of a linear, or the setting
-    that is missing.
+    that is missing or cannot be met.
     """
     for key in ("r", "lora_alpha"):
         if key not in settings:
             raise ValueError(f"the adapter's settings lack {key!r}; they have {sorted(settings)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise ValueError(
+                f"the adapter's {key} is {settings[key]}; expected none: all its linears share one r and lora_alpha"
+            )
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    if rank < 1:
+        raise ValueError(f"the adapter's r is {rank}, expected 1 or more")
     if settings.get("use_rslora"):
         alpha *= rank**0.5
     part = AdapterPart(method="dora" if settings.get("use_dora") else "lora", rank=rank, alpha=alpha)
