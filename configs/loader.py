@@ -202,7 +202,8 @@ def _explain(detail: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
         about = f" ({help_of[path].type}: {help_of[path].description})" if path in help_of else ""
         return f"{source}: `{path}` is missing{about}"
     if detail["type"] == "value_error":
-        return f"{source}: `{path}`: {detail['ctx']['error']}"
+        part = f"`{path}`: " if path else ""  # a check of the whole recipe has no path
+        return f"{source}: {part}{detail['ctx']['error']}"
     row = help_of[path]
     reason = f"; {detail['msg']}" if detail["type"] in ("too_short", "string_pattern_mismatch") else ""
     return f"{source}: `{path}` = {_shown(detail['input'])}: expected {row.type} ({row.description}){reason}"

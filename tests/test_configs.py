@@ -48,6 +48,13 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     assert load_recipe(path).name == path.stem
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_demonstration_of_a_shipped_recipe_has_an_initial_state_of_its_own(path: Path) -> None:
+    recipe = load_recipe(path)
+    if recipe.demonstrated:
+        assert len(recipe.tasks.demo_init_states) >= recipe.demonstrations.per_task
+
+
 def test_configs_import_nothing_heavy() -> None:
     program = (
         "import sys, configs.loader, configs.describe\n"
@@ -190,7 +197,9 @@ def test_a_wrong_override_is_one_line_with_place_value_and_expectation(
 @pytest.mark.parametrize("paradigm", ["flow", "diffusion"])
 def test_vllm_serves_token_policies_alone(small: Path, paradigm: str) -> None:
     overrides = (f"policy.paradigm={paradigm}", "preference.reference=start", "serving.engine=vllm")
-    assert f"policy.paradigm={paradigm} does not; set serving.engine=torch" in error_of(small, *overrides)
+    said = error_of(small, *overrides)
+    assert f"policy.paradigm={paradigm} does not; set serving.engine=torch" in said
+    assert said.startswith("override serving.engine=vllm: serving.engine=vllm decodes token after token")
 
 
 @pytest.mark.parametrize(
