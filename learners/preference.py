@@ -84,7 +84,7 @@ class PreferenceLearner:
         are put back exactly as they were and the report says `tripped`.
         """
         part = self._part
-        pairs = pairs if part.preference_weight or part.anchor_weight else ()
+        pairs = pairs if part.preference_weight or part.proximal_weight or part.anchor_weight else ()
         successes = successes if part.success_weight else ()
         demos = demos if part.demo_weight else ()
         if not pairs and not successes:

@@ -1,6 +1,7 @@
 """One optimizer step's draw of decisions, and the gradient of its loss, in micro-batches.
 
     loss =   preference_weight * mean over pairs of DPO(weighted log-ratio sums of the two trajectories)
+           + proximal_weight   * mean over pairs of the proximal terms of both sums, before any bound
            + anchor_weight     * mean over the chosen decisions drawn of -log pi per token
            + success_weight    * mean over successful decisions drawn of -log pi per token
            + demo_weight       * mean over demonstrated decisions drawn of -log pi per token
@@ -63,11 +64,12 @@ class Sums(defaultdict[str, float]):
 def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -> dict[str, float]:
     """Add the gradient of the step's loss to the adapter's `.grad`, and return the step's metrics.
 
-    Metrics: `loss` and its unweighted terms `preference_loss`, `anchor_nll`, `success_nll`, `demo_nll` (nats; per
-    token the last three); `accuracy`, share of pairs whose chosen implicit reward is the larger;
-    `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`, `rejected_logratio`, means
-    per token of log pi / pi_ref before any bound; `success_logratio`, the same over the successful decisions drawn;
-    `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected decisions at the floor.
+    Metrics: `loss` and its unweighted terms `preference_loss`, `proximal_loss` (at least 2 log 2), `anchor_nll`,
+    `success_nll`, `demo_nll` (nats; per token the last three); `accuracy`, share of pairs whose chosen implicit reward
+    is the larger; `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`,
+    `rejected_logratio`, means per token of log pi / pi_ref before any bound; `success_logratio`, the same over the
+    successful decisions drawn; `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected
+    decisions at the floor.
     """
     sums = Sums()
     for group in _groups(draw.pairs, part.micro_batch):
@@ -125,7 +127,8 @@ def _pair_gradients(
     group: Sequence[tuple[Side, Side]], draw: Draw, pool: DecisionPool, part: PreferencePart, sums: Sums
 ) -> None:
     chosen_sides = [chosen for chosen, _ in group]
-    rejected_sides = [rejected for _, rejected in group] if part.preference_weight else []
+    both = part.preference_weight or part.proximal_weight
+    rejected_sides = [rejected for _, rejected in group] if both else []
     rows = torch.cat([side.rows for side in [*chosen_sides, *rejected_sides]])
     logps = pool.score(rows, draw.noise)
     ratios = logps - pool.reference(rows, draw.noise)
@@ -135,9 +138,17 @@ def _pair_gradients(
     objective = part.anchor_weight * anchor.sum() / tokens
     sums.add("anchor_nll", anchor)
     sums.add("chosen_logratio", ratios[:split])
+    if both:
+        chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
+        sums.add("rejected_logratio", ratios[split:])
+        sums.add("kl", -ratios)
+    if part.proximal_weight:
+        fallen = _trajectory_sums(ratios[split:].sum(-1), rejected_sides)
+        proximal = dpo.proximal_loss(chosen, beta=part.beta) + dpo.proximal_loss(fallen, beta=part.beta)
+        objective = objective + part.proximal_weight * proximal.sum() / len(draw.pairs)
+        sums.add("proximal_loss", proximal)
     if part.preference_weight:
         bounded, held = dpo.bounded_below(ratios[split:], floor=part.rejected_floor)
-        chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
         rejected = _trajectory_sums(bounded, rejected_sides)
         form = dpo.sigmoid_loss if part.loss == "sigmoid" else dpo.ipo_loss
         loss = form(chosen, rejected, beta=part.beta)
@@ -146,8 +157,6 @@ def _pair_gradients(
         sums.add("chosen_reward", loss.chosen_rewards)
         sums.add("rejected_reward", loss.rejected_rewards)
         sums.add("accuracy", (loss.chosen_rewards > loss.rejected_rewards).float())
-        sums.add("rejected_logratio", ratios[split:])
-        sums.add("kl", -ratios)
         sums.add("held", held.float())
     objective.backward()
 
@@ -180,6 +189,7 @@ def _metrics(sums: Sums, part: PreferencePart) -> dict[str, float]:
         metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
     weights = {
         "preference_loss": part.preference_weight,
+        "proximal_loss": part.proximal_weight,
         "anchor_nll": part.anchor_weight,
         "success_nll": part.success_weight,
         "demo_nll": part.demo_weight,
