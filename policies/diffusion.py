@@ -10,7 +10,7 @@ action bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -130,6 +130,9 @@ class DiffusionPolicy:
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
         """The bound is in nats as it is."""
         return {}
+
+    def take_calibration(self, said: Mapping[str, float]) -> None:
+        """There is none."""
 
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""

@@ -17,7 +17,7 @@ which K <= H are executed, A dimensions of a padded action, L = 7 K elements tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -147,6 +147,10 @@ class FlowPolicy:
         if count:
             self.variance = max(total / count, 1e-6)
         return {"velocity_error": self.variance}
+
+    def take_calibration(self, said: Mapping[str, float]) -> None:
+        """Take up the `variance` that `calibrate` said."""
+        self.variance = said["velocity_error"]
 
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
