@@ -194,15 +194,15 @@ class FlowPolicy:
         drawn = flow_matching.FlowDraws(
             times_BS=drawn.times_BS.to(self.device), noise_BSKA=drawn.noise_BSKA.to(self.device)
         )
-        noisy_BSHA = flow_matching.noisy_chunks(clean_BHA, drawn)
+        noisy_BSHA = flow_matching.noisy_chunk(clean_BHA[:, None], drawn.noise_BSKA, drawn.times_BS)
         velocity_RHA = self.network.velocity(
             self._prefix(batch, context).repeat(draws),
             noisy_BSHA.flatten(0, 1),
             drawn.times_BS.flatten(),
             self._inputs.state(batch),
         )
-        target_BSHA = drawn.noise_BSKA - clean_BHA[:, None]
-        errors_BSHA = (velocity_RHA.unflatten(0, (len(batch), draws)) - target_BSHA).square()
+        velocity_BSHA = velocity_RHA.unflatten(0, (len(batch), draws))
+        errors_BSHA = flow_matching.velocity_errors(velocity_BSHA, clean_BHA[:, None], drawn.noise_BSKA)
         return errors_BSHA[:, :, : self._chunk]
 
 
