@@ -263,6 +263,59 @@ def test_yaml_scalars_follow_version_1_2() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.flow.steps=5"], "policy.flow.steps means nothing to paradigm autoregressive"),
+        (
+            ["policy.diffusion.remask=true"],
+            "policy.diffusion.remask means nothing to paradigm autoregressive",
+        ),
+        (
+            ["policy.paradigm=flow", "policy.vision.merge=1"],
+            "policy.vision.merge means nothing to paradigm flow",
+        ),
+        (["policy.bins=21", "policy.paradigm=flow"], "policy.bins means nothing to paradigm flow"),
+        (
+            ["policy.paradigm=flow", "policy.diffusion.iterations=3"],
+            "policy.diffusion.iterations means nothing",
+        ),
+        (
+            ["policy.paradigm=flow", "policy.flow={version: pi0, state_in_prompt: false}"],
+            "policy.flow.state_in_prompt means nothing to version pi0",
+        ),
+        (["policy.paradigm=diffusion", "policy.flow.score_draws=2"], "policy.flow.score_draws means nothing"),
+        (
+            ["policy.checkpoint=x", "policy.flow.delta_actions=true"],
+            "policy.flow.delta_actions means nothing",
+        ),
+    ],
+)
+def test_a_setting_that_its_paradigm_does_not_read_is_refused(
+    small: Path, overrides: list[str], said: str
+) -> None:
+    text = error_of(small, "preference.reference=start", *overrides)
+    assert said in text
+    assert text.endswith("; leave it out")
+
+
+def test_what_was_set_for_another_paradigm_is_left_behind(small: Path, tmp_path: Path) -> None:
+    small.write_text(SMALL + "policy: {bins: 21, chunk: 4, vision: {merge: 1, patch: 16}}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text(
+        "extends: small.yaml\npreference: {reference: start}\n"
+        "policy: {paradigm: flow, flow: {version: pi0.5, state_in_prompt: false, steps: 3}}\n"
+    )
+    policy = load_recipe(top).policy
+    assert (policy.bins, policy.vision.merge) == (256, 2)
+    assert (policy.chunk, policy.vision.patch, policy.flow.state_in_prompt) == (4, 16, False)
+    older = load_recipe(top, ["policy.flow.version=pi0"])
+    assert (older.policy.flow.state_in_prompt, older.policy.flow.steps) == (True, 3)
+    dump_recipe(older, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == older
+    assert load_recipe(top, ["policy.paradigm=diffusion"]).policy.flow.steps == 10
+
+
 def test_help_lists_every_key_with_a_meaning() -> None:
     rows = {row.path: row for row in describe_recipe()}
     assert rows["preference.beta"].type == "number > 0"
