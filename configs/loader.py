@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from configs.describe import describe_recipe, expected_value, part_of, takes_integers
 from configs.dialect import parse_yaml, render_yaml
+from configs.policy import FlowPart, PolicyPart, unread_settings
 from configs.schema import Recipe
 
 _RECIPES = Path(__file__).parent
@@ -51,9 +53,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     layers = _file_layers(Path(path), ())
     layers += [_override_layer(text) for text in overrides]
+    trees = [_checked(Recipe, layer.tree, "", layer.source) for layer in layers]
+    overriding = len(layers) - len(overrides)
     merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merged(merged, _checked(Recipe, layer.tree, "", layer.source))
+    for over in (*trees[:overriding], reduce(_merged, trees[overriding:], {})):
+        merged = _merged(_without_unread(merged, over), over)
     try:
         return Recipe.model_validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
@@ -192,6 +196,25 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _without_unread(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe `under`, less the settings of its policy that meant something and no longer do once `over` has
+    chosen another paradigm or version: who changes that need not know what was set for the old one."""
+    before, after = ({"policy": {}, **tree}["policy"] for tree in (under, _merged(under, over)))
+    gone = _unread(after).keys() - _unread(before).keys()
+    kept: dict[str, Any] = {}
+    for key, value in before.items():
+        if isinstance(value, Mapping):
+            kept[key] = {inner: v for inner, v in value.items() if f"{key}.{inner}" not in gone}
+        elif key not in gone:
+            kept[key] = value
+    return {**under, "policy": kept} if "policy" in under else dict(under)
+
+
+def _unread(policy: Mapping[str, Any]) -> dict[str, str]:
+    plain = PolicyPart.model_fields["paradigm"].default, FlowPart.model_fields["version"].default
+    return unread_settings(policy.get("paradigm", plain[0]), policy.get("flow", {}).get("version", plain[1]))
+
+
 def _explain(detail: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
     """One of pydantic's complaints in the words of the recipe: where, path, value, expected."""
     keys = [key for key in detail["loc"] if isinstance(key, str)]
@@ -202,7 +225,8 @@ def _explain(detail: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
         about = f" ({help_of[path].type}: {help_of[path].description})" if path in help_of else ""
         return f"{source}: `{path}` is missing{about}"
     if detail["type"] == "value_error":
-        return f"{source}: `{path}`: {detail['ctx']['error']}"
+        part = f"`{path}`: " if path else ""  # a check of the whole recipe has no path
+        return f"{source}: {part}{detail['ctx']['error']}"
     row = help_of[path]
     reason = f"; {detail['msg']}" if detail["type"] in ("too_short", "string_pattern_mismatch") else ""
     return f"{source}: `{path}` = {_shown(detail['input'])}: expected {row.type} ({row.description}){reason}"

@@ -61,6 +61,29 @@ class DiffusionPart(Part):
     score_draws: int = Field(4, ge=1, description="masks that a score averages over")
 
 
+_ONLY_FOR = {
+    "flow": ("flow",),
+    "diffusion": ("diffusion",),
+    "bins": ("autoregressive", "diffusion"),
+    "vision.merge": ("autoregressive", "diffusion"),
+}
+"""Parts and settings of a policy that not every paradigm reads, and which do."""
+
+
+def unread_settings(paradigm: object, version: object) -> dict[str, str]:
+    """Settings of a policy that mean nothing under this `paradigm` and `flow.version`, by path under `policy`, and to
+    what they mean nothing."""
+    parts: dict[str, type[Part]] = {"flow": FlowPart, "diffusion": DiffusionPart}
+    unread: dict[str, str] = {}
+    for name, readers in _ONLY_FOR.items():
+        if paradigm not in readers:
+            paths = [f"{name}.{key}" for key in parts[name].model_fields] if name in parts else [name]
+            unread |= dict.fromkeys(paths, f"paradigm {paradigm}")
+    if paradigm == "flow" and version == "pi0":
+        unread["flow.state_in_prompt"] = "version pi0"
+    return unread
+
+
 class PolicyPart(Part):
     """The policy's architecture and how it samples."""
 
@@ -98,6 +121,19 @@ class PolicyPart(Part):
         ge=0,
         description="sampling temperature of rollouts (flow: scale of the noise a chunk begins from); 0 is greedy",
     )
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> PolicyPart:
+        given, plain = (
+            self.model_dump(),
+            {name: info.default for name, info in type(self).model_fields.items()},
+        )
+        for path, what in unread_settings(self.paradigm, self.flow.version).items():
+            part, _, key = path.partition(".")
+            default = getattr(plain[part], key) if key else plain[part]
+            if (given[part][key] if key else given[part]) != default:
+                raise ValueError(f"policy.{path} means nothing to {what}; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _settings_fit_the_checkpoint(self) -> PolicyPart:

@@ -68,6 +68,11 @@ class PreferencePart(Part):
         description="weight of the DPO term, whose gradient is large beside the per-token likelihood terms",
     )
     anchor_weight: float = Field(0.2, ge=0, description="weight of -log pi on the chosen side of each pair")
+    proximal_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of RPRO's proximal term on both sides of each pair, which holds their log-ratios near 0",
+    )
     success_weight: float = Field(1.0, ge=0, description="weight of -log pi on successful trajectories")
     demo_weight: float = Field(0.5, ge=0, description="weight of -log pi on the demonstrations")
     rejected_floor: float = Field(

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 
 from policies.protocol import DecisionBatch, Policy
 from policies.weights import adapters
-from trajectories.records import Trajectory
+from trajectories.records import Cell, Trajectory
 
 SCORE_BATCH = 64
 """Decisions encoded or scored at once where no gradient is needed."""
 NOISE_DRAWS = 8
-"""Draws of noise under which a surrogate's reference is kept; an update goes round them."""
+"""Draws of noise under which a surrogate's reference is kept; the decisions of a step go round them."""
 
 
 def stack(policy: Policy, trajectory: Trajectory) -> DecisionBatch:
@@ -64,14 +64,21 @@ class _Entry:
     """float32 [noise draws, decisions, L]; zeros for demonstrations, which have no reference."""
     executed: torch.Tensor
     """float32 [decisions, L], 1 at elements of actions that were executed, else 0."""
+    group: int
+    """Which noise; see `noise_group`."""
 
 
 class DecisionPool:
     """The decisions that an update may draw, with what stays constant over its steps computed once.
 
     Constant are the context (the adapter leaves it alone) and the reference log-probs; a surrogate's are kept under
-    each of NOISE_DRAWS draws of noise. Both are kept by trajectory id from one update to the next. The decisions at
-    one place in their trajectories share the noise of a draw, so that chosen and rejected do.
+    each of NOISE_DRAWS draws of noise. Both are kept by trajectory id from one update to the next.
+
+    Policy and reference see one decision under the same noise: that is what makes their difference an estimate of a
+    log-ratio. The two sides of a pair share it too, rank by rank (`draws`), wherever in their trajectories the
+    decisions lie: all trajectories from one initial state have the same NOISE_DRAWS keys, and what the noise does to
+    both sides alike leaves their margin (of flow policies it takes a third of the margin's standard deviation). Other
+    initial states have other keys, so that the likelihood terms see many.
     """
 
     def __init__(self, policy: Policy, *, start_reference: bool) -> None:
@@ -97,12 +104,16 @@ class DecisionPool:
         self._context = torch.cat([e.context for e in entries])
         self._reference = torch.cat([e.reference for e in entries], dim=1)
         self._executed = torch.cat([e.executed for e in entries])
-        self._places = torch.cat([torch.arange(len(e.batch)) for e in entries])
+        self._groups = torch.cat([torch.full((len(e.batch),), e.group) for e in entries])
         ends = np.cumsum([len(e.batch) for e in entries]).tolist()
         starts = [0, *ends[:-1]]
         self._rows = {
             key: torch.arange(start, end) for key, start, end in zip(self._entries, starts, ends, strict=True)
         }
+
+    def forget(self) -> None:
+        """Hold nothing, and keep nothing of what was held."""
+        self._entries, self._rows = {}, {}
 
     def rows(self, trajectory: Trajectory) -> torch.Tensor:
         """Row numbers, int64, of a held trajectory's decisions in order."""
@@ -114,29 +125,33 @@ class DecisionPool:
         seen = torch.cat([self._context[rows].mean(dim=1), self._batch.proprio_BP[rows]], dim=1)
         return seen.float().cpu()
 
-    def score(self, rows: torch.Tensor, noise: int = 0) -> torch.Tensor:
-        """Log-probabilities under the policy as it is, float32 [rows, L], differentiable; `noise` is one of the draws
-        0..noise_draws - 1. Actions that were not executed, for the episode ended before them, count nothing: 0."""
-        keys = noise_keys(self._places[rows], noise)
+    def draws(self, count: int, first: int) -> torch.Tensor:
+        """Draws of noise, int64 [count], for decisions by rank: `first` and those after it, round and round."""
+        return (torch.arange(count) + first) % self.noise_draws
+
+    def score(self, rows: torch.Tensor, noise: torch.Tensor | int = 0) -> torch.Tensor:
+        """Log-probabilities under the policy as it is, float32 [rows, L], differentiable; `noise`, of each row or all,
+        is one of the draws 0..noise_draws - 1. Actions that were not executed, for the episode ended before them,
+        count nothing: 0."""
+        keys = noise_keys(self._groups[rows], noise)
         logps = self._policy.score(take(self._batch, rows), self._context[rows], noise_keys=keys)
         return logps * self._executed[rows]
 
-    def reference(self, rows: torch.Tensor, noise: int = 0) -> torch.Tensor:
+    def reference(self, rows: torch.Tensor, noise: torch.Tensor | int = 0) -> torch.Tensor:
         """Log-probabilities under the reference, float32 [rows, L], constant; the same noise as `score`."""
         return self._reference[noise, rows] * self._executed[rows]
 
     @torch.no_grad()
     def _entry(self, trajectory: Trajectory) -> _Entry:
         batch = stack(self._policy, trajectory)
-        rows = torch.arange(len(batch)).split(SCORE_BATCH)
+        rows, group = torch.arange(len(batch)).split(SCORE_BATCH), noise_group(trajectory.cell)
         context = torch.cat([self._policy.encode_context(take(batch, part)) for part in rows])
         if trajectory.policy_version < 0:
             reference = torch.zeros(self.noise_draws, len(batch), self._policy.tokens)
         elif self._start_reference:
             with adapters.disabled(self._policy.module):
-                reference = torch.stack(
-                    [self._scored(batch, context, rows, noise) for noise in range(self.noise_draws)]
-                )
+                keys = [noise_keys(torch.full((len(batch),), group), n) for n in range(self.noise_draws)]
+                reference = torch.stack([self._scored(batch, context, rows, k) for k in keys])
         else:
             reference = _recorded(trajectory, batch)[None]
         images = batch.agentview_BHWC[:, :0]
@@ -145,22 +160,25 @@ class DecisionPool:
             context=context,
             reference=reference.to(batch.chunk_BL.device),
             executed=_executed(trajectory, self._policy.tokens).to(batch.chunk_BL.device),
+            group=group,
         )
 
     def _scored(
-        self, batch: DecisionBatch, context: torch.Tensor, rows: Sequence[torch.Tensor], noise: int
+        self, batch: DecisionBatch, context: torch.Tensor, rows: Sequence[torch.Tensor], keys: torch.Tensor
     ) -> torch.Tensor:
         return torch.cat(
-            [
-                self._policy.score(take(batch, part), context[part], noise_keys=noise_keys(part, noise))
-                for part in rows
-            ]
+            [self._policy.score(take(batch, part), context[part], noise_keys=keys[part]) for part in rows]
         )
 
 
-def noise_keys(places: torch.Tensor, noise: int) -> torch.Tensor:
-    """Key of a draw of noise at each place (0, 1, ...) in a trajectory, int64, the same for every trajectory."""
-    return places * NOISE_DRAWS + noise
+def noise_group(cell: Cell) -> int:
+    """A number for a task's initial state, whose trajectories make pairs and see the same noise."""
+    return 1000 * cell.task_id + cell.init_state
+
+
+def noise_keys(groups: torch.Tensor, noise: torch.Tensor | int) -> torch.Tensor:
+    """Key of a draw of noise in each group, int64."""
+    return groups * NOISE_DRAWS + noise
 
 
 def _executed(trajectory: Trajectory, length: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
 
 OnStep = Callable[[int, dict[str, float]], None]
-_GENERATOR = "generator"
+_GENERATOR, _CALIBRATION = "generator", "calibration."
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class PreferenceLearner:
         are put back exactly as they were and the report says `tripped`.
         """
         part = self._part
-        pairs = pairs if part.preference_weight or part.anchor_weight else ()
+        pairs = pairs if part.preference_weight or part.proximal_weight or part.anchor_weight else ()
         successes = successes if part.success_weight else ()
         demos = demos if part.demo_weight else ()
         if not pairs and not successes:
@@ -136,12 +136,15 @@ class PreferenceLearner:
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=self._part.lr, weight_decay=0.0)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Adapter, optimizer moments and random generator as named arrays, for a checkpoint."""
+        """Adapter, optimizer moments, random generator and what a surrogate was calibrated to as named arrays, for a
+        checkpoint."""
         arrays = {f"adapter.{name}": _array(parameter) for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
                 arrays[f"optimizer.{name}.{key}"] = _array(value)
         arrays[_GENERATOR] = self._generator.get_state().numpy().copy()
+        for key, number in (self._calibration or {}).items():
+            arrays[_CALIBRATION + key] = np.array(number)
         return arrays
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -169,6 +172,13 @@ class PreferenceLearner:
                         for key, value in moments.items()
                     }
         self._generator.set_state(torch.from_numpy(arrays[_GENERATOR].copy()))
+        said = {
+            k.removeprefix(_CALIBRATION): v.item() for k, v in arrays.items() if k.startswith(_CALIBRATION)
+        }
+        if said:
+            self._policy.take_calibration(said)
+        self._calibration = said or None
+        self._pool.forget()  # its references may be of another calibration
 
     def _run(
         self, draws: Iterator[Draw], history: list[dict[str, float]], on_step: OnStep | None

@@ -26,7 +26,7 @@ class UpdateReport:
     value: float
     """What crossed the tripwire (nats per token, a loss or a gradient norm); 0 otherwise."""
     metrics: Mapping[str, float]
-    """Mean over the last steps; see `learners.preference` for the names."""
+    """Mean over the last steps; see `learners.terms` for the names."""
     history: Sequence[Mapping[str, float]]
     """The metrics of every step."""
 

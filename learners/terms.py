@@ -1,6 +1,7 @@
 """One optimizer step's draw of decisions, and the gradient of its loss, in micro-batches.
 
     loss =   preference_weight * mean over pairs of DPO(weighted log-ratio sums of the two trajectories)
+           + proximal_weight   * mean over pairs of the proximal terms of both sums, before any bound
            + anchor_weight     * mean over the chosen decisions drawn of -log pi per token
            + success_weight    * mean over successful decisions drawn of -log pi per token
            + demo_weight       * mean over demonstrated decisions drawn of -log pi per token
@@ -11,7 +12,7 @@ A term of weight zero, or without data, is neither drawn nor computed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Draw:
     demos: torch.Tensor
     """int64 rows, maybe none."""
     noise: int = 0
-    """Which of the pool's draws of noise a surrogate is taken under."""
+    """The draw of noise of each side's, and each likelihood term's, first decision; see `DecisionPool.draws`."""
 
 
 class Sums(defaultdict[str, float]):
@@ -63,11 +64,12 @@ class Sums(defaultdict[str, float]):
 def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -> dict[str, float]:
     """Add the gradient of the step's loss to the adapter's `.grad`, and return the step's metrics.
 
-    Metrics: `loss` and its unweighted terms `preference_loss`, `anchor_nll`, `success_nll`, `demo_nll` (nats; per
-    token the last three); `accuracy`, share of pairs whose chosen implicit reward is the larger;
-    `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`, `rejected_logratio`, means
-    per token of log pi / pi_ref before any bound; `success_logratio`, the same over the successful decisions drawn;
-    `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected decisions at the floor.
+    Metrics: `loss` and its unweighted terms `preference_loss`, `proximal_loss` (at least 2 log 2), `anchor_nll`,
+    `success_nll`, `demo_nll` (nats; per token the last three); `accuracy`, share of pairs whose chosen implicit reward
+    is the larger; `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`,
+    `rejected_logratio`, means per token of log pi / pi_ref before any bound; `success_logratio`, the same over the
+    successful decisions drawn; `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected
+    decisions at the floor.
     """
     sums = Sums()
     for group in _groups(draw.pairs, part.micro_batch):
@@ -76,9 +78,10 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
         ("success_nll", part.success_weight, draw.successes),
         ("demo_nll", part.demo_weight, draw.demos),
     ):
-        _likelihood_gradients(
-            name, weight, rows.split(part.micro_batch) if len(rows) else (), draw, pool, sums
-        )
+        if len(rows):
+            noise = pool.draws(len(rows), draw.noise)
+            micro_batches = zip(rows.split(part.micro_batch), noise.split(part.micro_batch), strict=True)
+            _likelihood_gradients(name, weight / len(rows), micro_batches, pool, sums)
     return _metrics(sums, part)
 
 
@@ -91,18 +94,16 @@ def lowest_logratio(metrics: Mapping[str, float]) -> float:
 def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
     """Mean log pi / pi_ref per token on the preferred decisions of a draw, by the metric's name, under the weights as
     they are."""
-    rows = {"success_logratio": draw.successes}
+    wanted = {"success_logratio": (draw.successes, pool.draws(len(draw.successes), draw.noise))}
     if draw.pairs:
-        rows["chosen_logratio"] = torch.cat([chosen.rows for chosen, _ in draw.pairs])
+        wanted["chosen_logratio"] = _looked_at([chosen for chosen, _ in draw.pairs], draw, pool)
     found = {}
-    for name, wanted in rows.items():
-        if len(wanted):
+    for name, (rows, noise) in wanted.items():
+        if len(rows):
+            parts = zip(rows.split(SCORE_BATCH), noise.split(SCORE_BATCH), strict=True)
             with torch.no_grad():
-                parts = [
-                    pool.score(part, draw.noise) - pool.reference(part, draw.noise)
-                    for part in wanted.split(SCORE_BATCH)
-                ]
-            found[name] = torch.cat(parts).mean().item()
+                ratios = [pool.score(*part) - pool.reference(*part) for part in parts]
+            found[name] = torch.cat(ratios).mean().item()
     return found
 
 
@@ -125,19 +126,28 @@ def _pair_gradients(
     group: Sequence[tuple[Side, Side]], draw: Draw, pool: DecisionPool, part: PreferencePart, sums: Sums
 ) -> None:
     chosen_sides = [chosen for chosen, _ in group]
-    rejected_sides = [rejected for _, rejected in group] if part.preference_weight else []
-    rows = torch.cat([side.rows for side in [*chosen_sides, *rejected_sides]])
-    logps = pool.score(rows, draw.noise)
-    ratios = logps - pool.reference(rows, draw.noise)
+    both = part.preference_weight or part.proximal_weight
+    rejected_sides = [rejected for _, rejected in group] if both else []
+    rows, noise = _looked_at([*chosen_sides, *rejected_sides], draw, pool)
+    logps = pool.score(rows, noise)
+    ratios = logps - pool.reference(rows, noise)
     split = sum(len(side.rows) for side in chosen_sides)
     anchor = -logps[:split]
     tokens = sum(len(chosen.rows) for chosen, _ in draw.pairs) * logps.shape[1]
     objective = part.anchor_weight * anchor.sum() / tokens
     sums.add("anchor_nll", anchor)
     sums.add("chosen_logratio", ratios[:split])
+    if both:
+        chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
+        sums.add("rejected_logratio", ratios[split:])
+        sums.add("kl", -ratios)
+    if part.proximal_weight:
+        fallen = _trajectory_sums(ratios[split:].sum(-1), rejected_sides)
+        proximal = dpo.proximal_loss(chosen, beta=part.beta) + dpo.proximal_loss(fallen, beta=part.beta)
+        objective = objective + part.proximal_weight * proximal.sum() / len(draw.pairs)
+        sums.add("proximal_loss", proximal)
     if part.preference_weight:
         bounded, held = dpo.bounded_below(ratios[split:], floor=part.rejected_floor)
-        chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
         rejected = _trajectory_sums(bounded, rejected_sides)
         form = dpo.sigmoid_loss if part.loss == "sigmoid" else dpo.ipo_loss
         loss = form(chosen, rejected, beta=part.beta)
@@ -146,22 +156,30 @@ def _pair_gradients(
         sums.add("chosen_reward", loss.chosen_rewards)
         sums.add("rejected_reward", loss.rejected_rewards)
         sums.add("accuracy", (loss.chosen_rewards > loss.rejected_rewards).float())
-        sums.add("rejected_logratio", ratios[split:])
-        sums.add("kl", -ratios)
         sums.add("held", held.float())
     objective.backward()
 
 
 def _likelihood_gradients(
-    name: str, weight: float, parts: Sequence[torch.Tensor], draw: Draw, pool: DecisionPool, sums: Sums
+    name: str,
+    weight: float,
+    micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    pool: DecisionPool,
+    sums: Sums,
 ) -> None:
-    total = sum(len(rows) for rows in parts)
-    for rows in parts:
-        logps = pool.score(rows, draw.noise)
-        (-weight * logps.sum() / (total * logps.shape[1])).backward()
+    """`weight` of each row; rows and their draws of noise."""
+    for rows, noise in micro_batches:
+        logps = pool.score(rows, noise)
+        (-weight * logps.sum() / logps.shape[1]).backward()
         sums.add(name, -logps)
         if name == "success_nll":
-            sums.add("success_logratio", logps - pool.reference(rows, draw.noise))
+            sums.add("success_logratio", logps - pool.reference(rows, noise))
+
+
+def _looked_at(sides: Sequence[Side], draw: Draw, pool: DecisionPool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the sides one after another, and their draws of noise: by rank in their side."""
+    noise = [pool.draws(len(side.rows), draw.noise) for side in sides]
+    return torch.cat([side.rows for side in sides]), torch.cat(noise)
 
 
 def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.Tensor:
@@ -180,6 +198,7 @@ def _metrics(sums: Sums, part: PreferencePart) -> dict[str, float]:
         metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
     weights = {
         "preference_loss": part.preference_weight,
+        "proximal_loss": part.proximal_weight,
         "anchor_nll": part.anchor_weight,
         "success_nll": part.success_weight,
         "demo_nll": part.demo_weight,

@@ -5,8 +5,10 @@ Rafailov et al. 2023, arXiv 2305.18290 (DPO). Gheshlaghi Azar et al. 2023, arXiv
 DPO). Zhang et al. 2024, arXiv 2411.19309 (GRAPE: DPO with the log-ratio summed over a trajectory inside one
 sigmoid). FlowPRO, arXiv 2606.05468 (RPRO's proximal term).
 
-A log-ratio is log(pi / pi_ref) where likelihoods are exact, or an estimate that stands in for it
-(`objectives.flow_matching.log_ratios`, `objectives.masked_diffusion.bound_elements`): every loss here takes either.
+A log-ratio is log(pi / pi_ref) where likelihoods are exact, or an estimate that stands in for it: the difference of
+two bounds (`objectives.masked_diffusion.bound_elements`), or of two flow-matching errors, which a policy scores by
+element and on a scale of its own (`policies.flow`; by chunk, as published: `objectives.flow_matching.log_ratios`).
+Every loss here takes either.
 
 Letters: P pairs, D decisions, L elements (tokens) of a chunk, N trajectories.
 """

@@ -18,6 +18,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from objectives.counter_noise import generator
+
 TimeDensity = Literal["uniform", "beta"]
 """Uniform on [0.001, 1], or openpi's training density there, 0.999 Beta(1.5, 1) + 0.001."""
 _JITTER, _NOISE = 0, 1
@@ -41,25 +43,17 @@ def draw(
     draws: int,
     shape: tuple[int, int],
     density: TimeDensity = "uniform",
-    antithetic: bool = False,
 ) -> FlowDraws:
     """S = `draws` times and noises for each of B `keys` (0 .. 2^64 - 1), for chunks of `shape` [K, A].
 
     Draw s of a key comes from a counter-based generator (Philox) keyed by (key, s) and from nothing else: not from
-    the batch, nor from the other draws. Times are stratified. With `antithetic` draws 2i and 2i + 1 share one noise
-    with opposite signs, which takes most of the error's odd part out of their mean; each is still standard normal.
-    Raises ValueError for no draws, an odd number of antithetic ones, or a key out of range.
+    the batch, nor from the other draws. Times are stratified. Raises ValueError for no draws or a key out of range.
     """
-    if draws < 1 or (antithetic and draws % 2):
-        raise ValueError(f"draws must be at least 1, and even when antithetic, got {draws}")
-    jitter = [[_generator(key, s, _JITTER).random() for s in range(draws)] for key in keys]
-    sources = [s - s % 2 if antithetic else s for s in range(draws)]
-    signs = [-1.0 if antithetic and s % 2 else 1.0 for s in range(draws)]
+    if draws < 1:
+        raise ValueError(f"a score needs at least one draw, got {draws}")
+    jitter = [[generator(key, s, _JITTER).random() for s in range(draws)] for key in keys]
     noise = [
-        [
-            np.float32(sign) * _generator(key, source, _NOISE).standard_normal(shape, dtype=np.float32)
-            for source, sign in zip(sources, signs, strict=True)
-        ]
+        [generator(key, s, _NOISE).standard_normal(shape, dtype=np.float32) for s in range(draws)]
         for key in keys
     ]
     return FlowDraws(
@@ -81,10 +75,16 @@ def stratified_times(jitter_BS: torch.Tensor, *, density: TimeDensity = "uniform
     return 0.001 + 0.999 * levels
 
 
-def noisy_chunks(clean_BKA: torch.Tensor, draws: FlowDraws) -> torch.Tensor:
-    """x_t = t eps + (1 - t) a, float [B, S, K, A]: what the network is shown beside t."""
-    times = draws.times_BS[:, :, None, None]
-    return times * draws.noise_BSKA + (1 - times) * clean_BKA[:, None]
+def noisy_chunk(clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """x_t = t eps + (1 - t) a, float [..., K, A] of chunks and noise likewise and times [...]: what the network is
+    shown beside t."""
+    t = times[..., None, None]
+    return t * noise + (1 - t) * clean
+
+
+def velocity_errors(velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Squared error of each element against the path's own velocity u = eps - a, all float [..., K, A]."""
+    return (velocity - (noise - clean)).square()
 
 
 def flow_losses(
@@ -98,7 +98,7 @@ def flow_losses(
     counts = valid_BKA.sum(dim=(-2, -1))
     if not bool(counts.all()):
         raise ValueError(f"chunk {int((counts == 0).nonzero()[0])} has no valid element to score")
-    errors = (velocity_BSKA - (noise_BSKA - clean_BKA[:, None])).square()
+    errors = velocity_errors(velocity_BSKA, clean_BKA[:, None], noise_BSKA)
     return torch.where(valid_BKA[:, None], errors, 0).sum(dim=(-2, -1)) / counts[:, None]
 
 
@@ -110,9 +110,3 @@ def log_ratios(policy_losses: torch.Tensor, reference_losses: torch.Tensor) -> t
     a constant beta. On means over elements beta is of the order of 100 to 5000, not the 0.1 of summed log-probs.
     """
     return (reference_losses - policy_losses) / 2
-
-
-def _generator(key: int, draw: int, stream: int) -> np.random.Generator:
-    if not 0 <= key < 2**64:
-        raise ValueError(f"a key must lie in 0 .. 2^64 - 1, got {key}")
-    return np.random.Generator(np.random.Philox(key=np.array([key, stream << 32 | draw], np.uint64)))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from objectives.counter_noise import generator
+
 _LEVEL, _ORDER, _TOKENS, _CHOICE = 0, 1, 2, 3
 """Streams of one key."""
 _TINY = float(np.finfo(np.float32).tiny)
@@ -49,8 +51,8 @@ def draw_masks(
     """
     if draws < 1:
         raise ValueError(f"a score needs at least one draw, got {draws}")
-    levels = [[(s + _generator(key, s, _LEVEL).random()) / draws for s in range(draws)] for key in keys]
-    orders = [[_generator(key, s, _ORDER).permutation(length) for s in range(draws)] for key in keys]
+    levels = [[(s + generator(key, s, _LEVEL).random()) / draws for s in range(draws)] for key in keys]
+    orders = [[generator(key, s, _ORDER).permutation(length) for s in range(draws)] for key in keys]
     hidden_BS = counts(torch.tensor(levels).reshape(len(keys), draws), length)
     ranks_BSL = torch.from_numpy(np.asarray(orders, np.int64)).reshape(len(keys), draws, length)
     return ranks_BSL < hidden_BS[..., None]
@@ -90,7 +92,7 @@ def decoding_noise(keys: Sequence[int], *, iterations: int, length: int, vocabul
     from nothing else."""
 
     def gumbel(stream: int, shape: tuple[int, ...]) -> torch.Tensor:
-        columns = [_generator(key, 0, stream).standard_exponential(shape, dtype=np.float32) for key in keys]
+        columns = [generator(key, 0, stream).standard_exponential(shape, dtype=np.float32) for key in keys]
         # The ziggurat can return 0, whose Gumbel value would be infinite.
         return torch.from_numpy(-np.log(np.maximum(np.stack(columns, axis=1), _TINY)))
 
@@ -214,9 +216,3 @@ def _below_cut(confidence_BL: torch.Tensor, counts_B: torch.Tensor) -> torch.Ten
     """What lies below the confidence of that rank, which is 1 at least, bool [B, L]."""
     ranks_B = counts_B.clamp(min=1, max=confidence_BL.shape[-1] - 1)
     return confidence_BL < confidence_BL.sort(dim=-1).values.gather(-1, ranks_B[:, None])
-
-
-def _generator(key: int, draw: int, stream: int) -> np.random.Generator:
-    if not 0 <= key < 2**64:
-        raise ValueError(f"a key must lie in 0 .. 2^64 - 1, got {key}")
-    return np.random.Generator(np.random.Philox(key=np.array([key, stream << 32 | draw], np.uint64)))

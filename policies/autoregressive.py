@@ -6,7 +6,7 @@ does the decoding: torch, or vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -115,6 +115,9 @@ class AutoregressivePolicy:
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
         """Log-probabilities are in nats as they are."""
         return {}
+
+    def take_calibration(self, said: Mapping[str, float]) -> None:
+        """There is none."""
 
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""

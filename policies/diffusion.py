@@ -10,7 +10,7 @@ action bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from configs.policy import DiffusionPart
 from objectives import masked_diffusion
 from policies.decoding.prefix import Prefix, PrefixCache, encode_prefix, suffix_places
-from policies.encoding.observations import ObservationBatch
+from policies.encoding.observations import ObservationBatch, real_first
 from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA
 from policies.protocol import DecisionBatch, check_requests
@@ -131,15 +131,18 @@ class DiffusionPolicy:
         """The bound is in nats as it is."""
         return {}
 
+    def take_calibration(self, said: Mapping[str, float]) -> None:
+        """There is none."""
+
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
 
     def _prefix(self, seen: ObservationBatch, image_tokens_BND: torch.Tensor) -> PrefixCache:
         """Keys and values of images, proprioception and prompt, each token seeing all that exist."""
-        embeddings = self.network.embed(seen.prompt_BT, image_tokens_BND, seen.proprio_BP)
-        between = embeddings.shape[1] - seen.prompt_BT.shape[1]
-        mask_BT = seen.prompt_mask_BT
+        prompt_BT, mask_BT = real_first(seen)
+        embeddings = self.network.embed(prompt_BT, image_tokens_BND, seen.proprio_BP)
+        between = embeddings.shape[1] - prompt_BT.shape[1]
         mask_BP = torch.cat([mask_BT[:, :1], mask_BT.new_ones(len(mask_BT), between), mask_BT[:, 1:]], dim=1)
         prefix = Prefix(tokens_BPD=embeddings, mask_BP=mask_BP)
         return encode_prefix(self.network.language_model.model, prefix)

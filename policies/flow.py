@@ -17,7 +17,7 @@ which K <= H are executed, A dimensions of a padded action, L = 7 K elements tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -152,6 +152,10 @@ class FlowPolicy:
             self.variance = max(total / count, 1e-6)
         return {"velocity_error": self.variance}
 
+    def take_calibration(self, said: Mapping[str, float]) -> None:
+        """Take up the `variance` that `calibrate` said."""
+        self.variance = said["velocity_error"]
+
     def load(self, snapshot: WeightSnapshot) -> None:
         """Copy merged weights in; see `policies.weights.snapshots.load_snapshot`."""
         load_snapshot(self.network, snapshot)
@@ -194,15 +198,15 @@ class FlowPolicy:
         drawn = flow_matching.FlowDraws(
             times_BS=drawn.times_BS.to(self.device), noise_BSKA=drawn.noise_BSKA.to(self.device)
         )
-        noisy_BSHA = flow_matching.noisy_chunks(clean_BHA, drawn)
+        noisy_BSHA = flow_matching.noisy_chunk(clean_BHA[:, None], drawn.noise_BSKA, drawn.times_BS)
         velocity_RHA = self.network.velocity(
             self._prefix(batch, context).repeat(draws),
             noisy_BSHA.flatten(0, 1),
             drawn.times_BS.flatten(),
             self._inputs.state(batch),
         )
-        target_BSHA = drawn.noise_BSKA - clean_BHA[:, None]
-        errors_BSHA = (velocity_RHA.unflatten(0, (len(batch), draws)) - target_BSHA).square()
+        velocity_BSHA = velocity_RHA.unflatten(0, (len(batch), draws))
+        errors_BSHA = flow_matching.velocity_errors(velocity_BSHA, clean_BHA[:, None], drawn.noise_BSKA)
         return errors_BSHA[:, :, : self._chunk]
 
 

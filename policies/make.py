@@ -13,8 +13,9 @@ from policies.flow import FlowPolicy
 from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA, llama
 from policies.openvla.vision import SiglipTower, VisionBackbone
-from policies.pi0.inputs import STATE_BINS, PlainInputs
+from policies.pi0.inputs import PlainInputs
 from policies.pi0.network import Pi0Network
+from policies.pi0.preprocessing import STATE_BINS
 from policies.pi0.sizes import Pi0Config, StreamSize, VisionSize
 from policies.protocol import Policy
 from policies.published import published_policy

@@ -3,7 +3,7 @@ into what it scores. A new paradigm is one file that meets this Protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -100,6 +100,10 @@ class Policy(Protocol):
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
         """Choose the scale that puts a surrogate in nats, from decisions that the policy as it is takes well; what was
         measured and chosen, for the log. An exact score has none."""
+        ...
+
+    def take_calibration(self, said: Mapping[str, float]) -> None:
+        """Choose the scale that `calibrate` chose when it said this."""
         ...
 
     def load(self, snapshot: WeightSnapshot) -> None:

@@ -84,7 +84,7 @@ def openvla_policy(
     `unnorm_key` names the data set whose statistics scale the actions, and may be left out where there is one alone;
     `crop`: see `libero_view`; `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
     OpenVLA's own argmax is over the whole vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds
-    an action token. Raises ValueError as `load_openvla` does.
+    an action token. Raises ValueError as `open_openvla` and `OpenVLAFolder.network` do.
     """
     found = open_openvla(folder)
     inputs = _openvla_inputs(found, unnorm_key, chunk=1, crop=crop)

@@ -14,14 +14,13 @@ SIZE = 32
 TINY = {
     "vision": VisionPart(width=16, layers=2, heads=2, mlp=32),
     "decoder": DecoderPart(width=16, layers=2, heads=2, mlp=32),
-    "bins": 7,
     "chunk": 2,
 }
 PARADIGMS = {
-    "autoregressive": PolicyPart(paradigm="autoregressive", **TINY),
+    "autoregressive": PolicyPart(paradigm="autoregressive", bins=7, **TINY),
     "pi0": PolicyPart(paradigm="flow", flow=FlowPart(version="pi0", expert_width=16, expert_mlp=32), **TINY),
     "pi0.5": PolicyPart(paradigm="flow", flow=FlowPart(expert_width=16, expert_mlp=32), **TINY),
-    "diffusion": PolicyPart(paradigm="diffusion", diffusion=DiffusionPart(iterations=4), **TINY),
+    "diffusion": PolicyPart(paradigm="diffusion", bins=7, diffusion=DiffusionPart(iterations=4), **TINY),
 }
 SURROGATES = [name for name in PARADIGMS if name != "autoregressive"]
 

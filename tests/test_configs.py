@@ -48,6 +48,13 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     assert load_recipe(path).name == path.stem
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_demonstration_of_a_shipped_recipe_has_an_initial_state_of_its_own(path: Path) -> None:
+    recipe = load_recipe(path)
+    if recipe.demonstrated:
+        assert len(recipe.tasks.demo_init_states) >= recipe.demonstrations.per_task
+
+
 def test_configs_import_nothing_heavy() -> None:
     program = (
         "import sys, configs.loader, configs.describe\n"
@@ -190,7 +197,9 @@ def test_a_wrong_override_is_one_line_with_place_value_and_expectation(
 @pytest.mark.parametrize("paradigm", ["flow", "diffusion"])
 def test_vllm_serves_token_policies_alone(small: Path, paradigm: str) -> None:
     overrides = (f"policy.paradigm={paradigm}", "preference.reference=start", "serving.engine=vllm")
-    assert f"policy.paradigm={paradigm} does not; set serving.engine=torch" in error_of(small, *overrides)
+    said = error_of(small, *overrides)
+    assert f"policy.paradigm={paradigm} does not; set serving.engine=torch" in said
+    assert said.startswith("override serving.engine=vllm: serving.engine=vllm decodes token after token")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +261,59 @@ def test_yaml_scalars_follow_version_1_2() -> None:
         "012",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.flow.steps=5"], "policy.flow.steps means nothing to paradigm autoregressive"),
+        (
+            ["policy.diffusion.remask=true"],
+            "policy.diffusion.remask means nothing to paradigm autoregressive",
+        ),
+        (
+            ["policy.paradigm=flow", "policy.vision.merge=1"],
+            "policy.vision.merge means nothing to paradigm flow",
+        ),
+        (["policy.bins=21", "policy.paradigm=flow"], "policy.bins means nothing to paradigm flow"),
+        (
+            ["policy.paradigm=flow", "policy.diffusion.iterations=3"],
+            "policy.diffusion.iterations means nothing",
+        ),
+        (
+            ["policy.paradigm=flow", "policy.flow={version: pi0, state_in_prompt: false}"],
+            "policy.flow.state_in_prompt means nothing to version pi0",
+        ),
+        (["policy.paradigm=diffusion", "policy.flow.score_draws=2"], "policy.flow.score_draws means nothing"),
+        (
+            ["policy.checkpoint=x", "policy.flow.delta_actions=true"],
+            "policy.flow.delta_actions means nothing",
+        ),
+    ],
+)
+def test_a_setting_that_its_paradigm_does_not_read_is_refused(
+    small: Path, overrides: list[str], said: str
+) -> None:
+    text = error_of(small, "preference.reference=start", *overrides)
+    assert said in text
+    assert text.endswith("; leave it out")
+
+
+def test_what_was_set_for_another_paradigm_is_left_behind(small: Path, tmp_path: Path) -> None:
+    small.write_text(SMALL + "policy: {bins: 21, chunk: 4, vision: {merge: 1, patch: 16}}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text(
+        "extends: small.yaml\npreference: {reference: start}\n"
+        "policy: {paradigm: flow, flow: {version: pi0.5, state_in_prompt: false, steps: 3}}\n"
+    )
+    policy = load_recipe(top).policy
+    assert (policy.bins, policy.vision.merge) == (256, 2)
+    assert (policy.chunk, policy.vision.patch, policy.flow.state_in_prompt) == (4, 16, False)
+    older = load_recipe(top, ["policy.flow.version=pi0"])
+    assert (older.policy.flow.state_in_prompt, older.policy.flow.steps) == (True, 3)
+    dump_recipe(older, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == older
+    assert load_recipe(top, ["policy.paradigm=diffusion"]).policy.flow.steps == 10
 
 
 def test_help_lists_every_key_with_a_meaning() -> None:

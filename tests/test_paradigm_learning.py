@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from configs.loader import RecipeError, load_recipe
 from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
 from learners.decisions import NOISE_DRAWS, DecisionPool
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
+from learners.terms import Draw, Side, accumulate_gradients
 from policies.protocol import Policy
+from policies.weights import adapters
 from tests.paradigms import PARADIGMS, SURROGATES, new, observations
 from trajectories.records import ActionSample, Cell, Decision, Outcome, PreferencePair, Trajectory
 
@@ -104,6 +107,61 @@ def test_a_kept_reference_is_of_the_same_noise_as_the_score(name: str) -> None:
         np.testing.assert_allclose(pool.reference(rows, noise).numpy(), score, atol=1e-5)
     assert (scores[0] != scores[1]).any()
     assert pool.noise_draws == NOISE_DRAWS
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_the_sides_of_a_pair_share_their_noise_and_other_decisions_have_other_noise(name: str) -> None:
+    policy = new(name)
+    seen: list[torch.Tensor] = []
+    score = policy.score
+
+    def recorded(*args: object, noise_keys: torch.Tensor) -> torch.Tensor:
+        seen.append(noise_keys)
+        return score(*args, noise_keys=noise_keys)
+
+    pairs = pairs_of(policy)
+    pool = DecisionPool(policy, start_reference=True)
+    adapters.attach(policy.module, AdapterPart(rank=4), seed=0, decoders=policy.adapted)
+    pool.hold([side for pair in pairs for side in (pair.chosen, pair.rejected)])
+    policy.score = recorded  # type: ignore[method-assign]
+    weights = torch.ones(2)
+    sides = [
+        (
+            Side(rows=pool.rows(pair.chosen)[[0, 3]], weights=weights),
+            Side(rows=pool.rows(pair.rejected)[[5, 1]], weights=weights),
+        )
+        for pair in pairs
+    ]
+    successes = torch.cat([pool.rows(pair.chosen) for pair in pairs])
+    draw = Draw(pairs=sides, successes=successes, demos=successes[:0], noise=7)
+    metrics = accumulate_gradients(draw, pool, PreferencePart(reference="start"))
+    of_pairs, of_successes = seen
+    chosen, rejected = of_pairs.view(2, len(pairs), 2)
+    assert torch.equal(chosen, rejected)
+    assert len(chosen.unique()) == 6
+    assert len(of_successes.unique()) == 18
+    for ratio in ("chosen_logratio", "rejected_logratio", "success_logratio"):
+        assert metrics[ratio] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pi0", "diffusion"])
+def test_a_surrogate_s_learner_continues_exactly_from_its_state(name: str) -> None:
+    policy = new(name)
+    pairs = pairs_of(policy)
+    learner = learner_of(policy, steps=2)
+    learner.update(pairs[:1], (), ())
+    saved = learner.state()
+    learner.update(pairs, (), ())
+    again = learner_of(new(name), steps=2)
+    again.update(pairs[2:], (), ())  # of another calibration, and with kept references
+    again.load_state(saved)
+    again.update(pairs, (), ())
+    expected = learner.state()
+    found = again.state()
+    assert found.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+    assert ("calibration.velocity_error" in saved) == (name == "pi0")
 
 
 @pytest.mark.parametrize("name", PARADIGMS)

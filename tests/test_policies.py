@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from configs.schema import AdapterPart
 from objectives import dpo
+from policies.diffusion import DiffusionPolicy
+from policies.encoding.prompts import PromptTokenizer
+from policies.flow import FlowPolicy
+from policies.pi0.inputs import PlainInputs
 from policies.protocol import Policy
 from policies.weights import adapters
 from policies.weights.snapshots import state_tensors
-from tests.paradigms import PARADIGMS, SURROGATES, new, observations
+from tests.paradigms import PARADIGMS, SIZE, SURROGATES, new, observations
 from trajectories.records import Observation, WeightSnapshot
 
 
@@ -68,6 +74,24 @@ def test_a_kept_context_gives_the_same_score(name: str) -> None:
     assert context.ndim == 3
     torch.testing.assert_close(
         policy.score(batch, context, noise_keys=keys), policy.score(batch, noise_keys=keys)
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PARADIGMS)
+@torch.no_grad()
+def test_padding_on_either_side_does_not_change_a_score(name: str, side: str) -> None:
+    policy = new(name)
+    batch, keys = policy.batch(*decided(policy, 3)), torch.arange(3)
+    longest = batch.prompt_BT.shape[1] + 3
+    prompt, mask = torch.full((3, longest), 7), torch.zeros(3, longest, dtype=torch.bool)
+    for row, (ids, real) in enumerate(zip(batch.prompt_BT, batch.prompt_mask_BT, strict=True)):
+        count = int(real.sum())
+        where = slice(longest - count, longest) if side == "left" else slice(count)
+        prompt[row, where], mask[row, where] = ids[real], True
+    padded = replace(batch, prompt_BT=prompt, prompt_mask_BT=mask)
+    torch.testing.assert_close(
+        policy.score(padded, noise_keys=keys), policy.score(batch, noise_keys=keys), rtol=0, atol=1e-5
     )
 
 
@@ -147,17 +171,80 @@ def test_a_surrogate_follows_from_its_key(name: str) -> None:
         policy.score(batch)
 
 
-@pytest.mark.parametrize("name", SURROGATES)
-@torch.no_grad()
-def test_a_surrogate_has_the_mean_that_many_draws_have(name: str) -> None:
-    """The mean over one set of keys and over another agree within their standard errors."""
+@torch.enable_grad()
+def learned(name: str) -> tuple[Policy, Observation, np.ndarray]:
+    """A policy that has begun to learn one of two opposite chunks: its surrogate depends on times or masks, for what is
+    visible tells which of the two it is."""
     policy = new(name)
-    (seen,), (chunk,) = decided(policy, 1)
-    batch = policy.batch([seen] * 256, [chunk] * 256)
-    halves = [policy.score(batch, noise_keys=torch.arange(256) + start).sum(dim=1) for start in (0, 256)]
-    error = math.hypot(*(half.std().item() / 16 for half in halves))
-    assert error > 0
-    assert abs(halves[0].mean() - halves[1].mean()) < 4 * error
+    (seen,) = observations(1)
+    actions = np.where(np.arange(14) % 3, -0.9, 0.9).astype(np.float32).reshape(2, 7)
+    chunk = policy.encode(actions)
+    batch = policy.batch([seen] * 16, [chunk, policy.encode(-actions)] * 8)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=5e-3)
+    for step in range(100):
+        optimizer.zero_grad()
+        policy.sft_loss(batch, noise_keys=16 * step + torch.arange(16)).backward()
+        optimizer.step()
+    return policy, seen, chunk
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi0.5"])
+@torch.no_grad()
+def test_a_flow_score_has_the_mean_over_all_times(name: str) -> None:
+    policy, seen, chunk = learned(name)
+    assert isinstance(policy, FlowPolicy)
+    one = policy.batch([seen], [chunk])
+    # Plainly: every time of a fine grid over [0, 1] with noise of its own, through the network alone.
+    count = 4096
+    noise = torch.randn(count, 2, 8, generator=torch.Generator().manual_seed(0))
+    times = (torch.arange(count) + 0.5) / count
+    clean = F.pad(torch.from_numpy(chunk).view(2, 7), (0, 1))
+    noisy = times[:, None, None] * noise + (1 - times[:, None, None]) * clean
+    inputs = PlainInputs(PromptTokenizer(), image_size=SIZE, adaptive=name == "pi0.5", state_in_prompt=True)
+    images = torch.stack([one.agentview_BHWC, one.wrist_BHWC], dim=1).permute(0, 1, 4, 2, 3).float()
+    prefix = policy.network.embed_prefix(
+        images / 127.5 - 1, torch.ones(1, 2, dtype=torch.bool), *inputs.prompt(one)
+    )
+    cache = policy.network.encode_prefix(prefix).repeat(count)
+    velocity = policy.network.velocity(cache, noisy, times, inputs.state(one))
+    plain = -(velocity - (noise - clean))[..., :7].square().sum(dim=(1, 2)) / 2
+    scores = policy.score(policy.batch([seen] * 512, [chunk] * 512), noise_keys=torch.arange(512)).sum(dim=1)
+    error = math.hypot(plain.std().item() / count**0.5, scores.std().item() / 512**0.5)
+    assert error < 0.02 * abs(plain.mean())
+    assert abs(scores.mean() - plain.mean()) < 4 * error
+
+
+@torch.no_grad()
+def test_a_diffusion_score_has_the_mean_over_all_masks() -> None:
+    policy, seen, chunk = learned("diffusion")
+    assert isinstance(policy, DiffusionPolicy)
+    one = policy.batch([seen], [chunk])
+    # Plainly: all 2^14 - 1 masks, one pass over the whole sequence each; a size has weight 1 / 14, its masks alike.
+    masks = torch.cartesian_prod(*[torch.tensor([False, True])] * 14)[1:]
+    network = policy.network
+    prefix = network.embed(one.prompt_BT, policy.encode_context(one), one.proprio_BP)
+    size, model = prefix.shape[1], network.language_model.model
+    sees = torch.ones(1, 1, size + 14, size + 14, dtype=torch.bool)
+    sees[..., :size, size:] = False  # observations do not see actions
+    ids = one.chunk_BL[0]
+    found = []
+    for some in masks.split(2048):
+        hidden_ids = torch.where(some, network.action_stop_id, ids)
+        tokens = torch.cat([prefix.expand(len(some), -1, -1), model.embed_tokens(hidden_ids)], dim=1)
+        hidden = model(
+            inputs_embeds=tokens, attention_mask=sees.expand(len(some), -1, -1, -1), use_cache=False
+        ).last_hidden_state[:, size:]
+        logits = network.language_model.lm_head(hidden)[..., network.action_first_id : network.action_stop_id]
+        logps = logits.log_softmax(-1)[:, torch.arange(14), ids - network.action_first_id]
+        found.append((logps * some).sum(dim=1))
+    sums, sizes = torch.cat(found).double(), masks.sum(dim=1)
+    plain = sum((14 / m * sums[sizes == m].mean() / 14).item() for m in range(1, 15))
+    scores = policy.score(policy.batch([seen] * 1024, [chunk] * 1024), noise_keys=torch.arange(1024)).sum(
+        dim=1
+    )
+    error = scores.std().item() / 32
+    assert error < 0.02 * abs(plain)
+    assert abs(scores.mean().item() - plain) < 4 * error
 
 
 def test_a_flow_score_is_in_nats_once_it_is_calibrated() -> None:

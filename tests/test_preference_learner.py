@@ -140,7 +140,12 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     assert sum(len(side.rows) for pair in sides for side in pair) > 64
 
     part = PreferencePart(
-        preference_weight=1, beta=0.05, rejected_floor=0.02, success_weight=0.2, demo_weight=0.1
+        preference_weight=1,
+        proximal_weight=0.3,
+        beta=0.05,
+        rejected_floor=0.02,
+        success_weight=0.2,
+        demo_weight=0.1,
     )
     with adapters.merged_forward(policy.module):
         metrics = accumulate_gradients(draw, pool, part)
@@ -157,7 +162,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     def recorded(trajectory: Trajectory) -> torch.Tensor:
         return torch.from_numpy(np.stack([d.sample.logps for d in trajectory.decisions]))
 
-    losses, anchors, held = [], [], []
+    losses, proximal, anchors, held = [], [], [], []
     for pair, (_, side) in zip(pairs, sides, strict=True):
         chosen = score(pair.chosen)
         anchors.append(-chosen)
@@ -166,8 +171,12 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
         bounded = rejected.clamp(min=-0.02 * TOKENS)
         margin = (chosen - recorded(pair.chosen)).sum() - (side.weights * bounded).sum()
         losses.append(-torch.nn.functional.logsigmoid(0.05 * margin))
+        sums = torch.stack([(chosen - recorded(pair.chosen)).sum(), (side.weights * rejected).sum()])
+        both_ways = torch.nn.functional.logsigmoid(torch.stack([0.05 * sums, -0.05 * sums]))
+        proximal.append(-both_ways.sum() / 2)
     whole = (
         torch.stack(losses).mean()
+        + 0.3 * torch.stack(proximal).mean()
         + 0.2 * torch.cat(anchors).mean()
         - 0.2 * score(successes[0]).mean()
         - 0.1 * score(demos[0])[:3].mean()
@@ -193,6 +202,42 @@ def test_the_reference_gets_no_gradient() -> None:
         kept = after[name] if name in after else after[f"{layer}.base_layer.{kind}"]
         assert torch.equal(kept, tensor), name
     assert all(p.grad is None for name, p in policy.module.named_parameters() if "lora_" not in name)
+
+
+def test_the_proximal_term_holds_both_sides_nearer_to_the_reference() -> None:
+    final = {}
+    for weight in (0.0, 2.0):
+        policy = new_policy()
+        pairs = pairs_of(policy, 2)
+        part = PreferencePart(
+            steps=40, lr=2e-3, preference_weight=1, proximal_weight=weight, rejected_floor=50, anchor_weight=0
+        )
+        report = new_learner(policy, part, drop=50).update(pairs, (), ())
+        assert ("proximal_loss" in report.metrics) == (weight > 0)
+        if weight:
+            assert report.history[0]["proximal_loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
+        final[weight] = report.metrics
+    distance = {w: abs(f["chosen_reward"]) + abs(f["rejected_reward"]) for w, f in final.items()}
+    assert distance[2.0] < 0.5 * distance[0.0]
+    assert final[2.0]["margin"] > 0.1
+
+
+def test_the_proximal_term_alone_pulls_a_policy_back() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 2)
+    away = PreferencePart(steps=30, lr=2e-3, preference_weight=1, rejected_floor=50, anchor_weight=0)
+    learner = new_learner(policy, away, drop=50)
+    learner.update(pairs, (), ())
+    back = PreferencePart(
+        steps=30, lr=2e-3, beta=1, preference_weight=0, proximal_weight=1, anchor_weight=0, success_weight=0
+    )
+    policy_2 = new_policy()
+    learner_2 = new_learner(policy_2, back, drop=50)
+    learner_2.restore(learner.adapter())
+    history = learner_2.update(pairs, (), ()).history
+    assert history[-1]["proximal_loss"] < 0.5 * history[0]["proximal_loss"]
+    assert history[0]["loss"] == pytest.approx(history[0]["proximal_loss"])
+    assert "preference_loss" not in history[0]
 
 
 def test_the_floor_keeps_rejected_chunks_from_dragging_the_chosen_down() -> None:

@@ -207,10 +207,16 @@ def test_the_check_does_not_read_the_weights(
     [
         (["policy.unnorm_key=x"], "unnorm_key means something with policy.checkpoint alone"),
         (["policy.dtype=bfloat16"], "dtype means something with policy.checkpoint alone"),
-        (["policy.flow.delta_actions=true"], "flow.delta_actions means something with policy.checkpoint"),
+        (
+            ["policy.paradigm=flow", "policy.flow.delta_actions=true"],
+            "flow.delta_actions means something with policy.checkpoint",
+        ),
         (["policy.checkpoint=x"], "bins contradicts policy.checkpoint"),
         (["policy.checkpoint=x", "policy.bins=256", "policy.decoder.width=32"], "decoder contradicts"),
-        (["policy.checkpoint=x", "policy.bins=256", "policy.flow.expert_mlp=32"], "flow.expert_mlp contra"),
+        (
+            ["policy.checkpoint=x", "policy.paradigm=flow", "policy.flow.expert_mlp=32"],
+            "flow.expert_mlp contra",
+        ),
         (["policy.checkpoint=x", "policy.bins=256", "policy.norm_stats=y"], "norm_stats is not for a"),
         (
             ["policy.checkpoint=x", "policy.bins=256", "policy.paradigm=flow", "policy.unnorm_key=y"],

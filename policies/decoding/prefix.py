@@ -25,8 +25,8 @@ class Prefix:
 class PrefixCache:
     """Keys and values of a prefix, computed once and read by any number of suffix passes.
 
-    Handed to Gemma's attention as its `past_key_values`. A pass never writes to it, so passes share it freely,
-    under autograd too. `repeat` lets several chunks of one observation share a row.
+    Handed to the attention of Gemma or Llama as its `past_key_values`. A pass never writes to it, so passes share
+    it freely, under autograd too. `repeat` lets several chunks of one observation share a row.
     """
 
     keys: tuple[torch.Tensor, ...]

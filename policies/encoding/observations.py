@@ -41,6 +41,13 @@ class ObservationBatch:
     """bool, true at real tokens."""
 
 
+def real_first(seen: ObservationBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt ids [B, T] and mask with every row's real tokens first, in their order: networks whose BOS is column 0 and
+    whose actions follow the last real token may then be given any padding."""
+    order_BT = seen.prompt_mask_BT.logical_not().long().argsort(dim=1, stable=True)
+    return seen.prompt_BT.gather(1, order_BT), seen.prompt_mask_BT.gather(1, order_BT)
+
+
 def stack_observations(
     observations: Sequence[Observation],
     prompts: Prompts,

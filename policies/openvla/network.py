@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.policy import DecoderPart
-from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD
+from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD, real_first
 from policies.openvla.towers import TimmBackbone
 from policies.openvla.vision import Projector, VisionBackbone
 from policies.protocol import DecisionBatch
@@ -127,10 +127,11 @@ class OpenVLA(nn.Module):
             image_tokens_BND = self.encode_images(batch.agentview_BHWC, batch.wrist_BHWC)
         length = batch.chunk_BL.shape[1]
         steps = torch.arange(length, device=batch.chunk_BL.device)
-        prompt_B1 = batch.prompt_mask_BT.sum(dim=1, keepdim=True)
+        prompt_BT, mask_BT = real_first(batch)
+        prompt_B1 = mask_BT.sum(dim=1, keepdim=True)
         # Action tokens follow each prompt's last real token directly. All padding then lies at the end, where
         # causal attention cannot see it: no mask, and positions count up from 0 in every row.
-        text_BT = F.pad(batch.prompt_BT, (0, length - 1))
+        text_BT = F.pad(prompt_BT, (0, length - 1))
         text_BT = text_BT.scatter(1, prompt_B1 + steps[:-1], batch.chunk_BL[:, :-1])
         embeddings = self.embed(text_BT, image_tokens_BND, batch.proprio_BP)
         hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state

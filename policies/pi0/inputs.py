@@ -19,11 +19,9 @@ from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD, Observatio
 from policies.encoding.prompts import PromptTokenizer
 from policies.pi0.folder import Pi0Folder
 from policies.pi0.norm_stats import normalise, pad_dims
-from policies.pi0.preprocessing import libero_view
+from policies.pi0.preprocessing import STATE_BINS, libero_view
 from trajectories.records import ACTION_DIM, Observation
 
-STATE_BINS = 256
-"""Words that proprioception is told in, after those of the prompts."""
 STATE_REACH = 3.0
 """Standard deviations of proprioception that the words cover."""
 

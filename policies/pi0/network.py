@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import PaliGemmaModel, PI0ForConditionalGeneration
 
+from objectives.flow_matching import noisy_chunk as noisy_chunk
+from objectives.flow_matching import velocity_errors as velocity_errors
 from policies.decoding.prefix import Prefix, PrefixCache, encode_prefix, suffix_places
 from policies.pi0.expert import AdaptiveExpert, AdaptiveSuffix, TimeEmbedding
 from policies.pi0.sizes import Pi0Config, expert_config, paligemma_config, pi0_config
@@ -232,14 +234,3 @@ class Pi0Network(nn.Module):
         """Normalised, padded chunks float32 [R, H, A] that the flow makes of `noise_RHA`."""
         *_, last = self.integrate(cache, noise_RHA, steps, state_BS)
         return last.next_RHA
-
-
-def noisy_chunk(actions_BHA: torch.Tensor, noise_BHA: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-    """The chunk on the straight path at time t, x_t = t noise + (1 - t) actions (openpi's direction of time)."""
-    t = t_B[:, None, None]
-    return t * noise_BHA + (1 - t) * actions_BHA
-
-
-def velocity_errors(v_BHA: torch.Tensor, actions_BHA: torch.Tensor, noise_BHA: torch.Tensor) -> torch.Tensor:
-    """Flow-matching loss of each element, (noise - actions - v)^2, unreduced [B, H, A]."""
-    return (noise_BHA - actions_BHA - v_BHA).square()

@@ -15,6 +15,7 @@ PI0_PROMPT_LENGTH = 48
 PI05_PROMPT_LENGTH = 200
 """Prompt ids of pi-0.5, which also hold the state."""
 STATE_BINS = 256
+"""Into which each dimension of a state falls where a prompt tells it."""
 IMAGE_SIDE = 224
 
 Encode = Callable[[str], Sequence[int]]
