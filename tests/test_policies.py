@@ -172,7 +172,7 @@ def test_a_surrogate_follows_from_its_key(name: str) -> None:
 
 
 @torch.enable_grad()
-def learned(name: str) -> tuple[Policy, Observation, np.ndarray]:
+def learned(name: str, steps: int) -> tuple[Policy, Observation, np.ndarray]:
     """A policy that has begun to learn one of two opposite chunks: its surrogate depends on times or masks, for what is
     visible tells which of the two it is."""
     policy = new(name)
@@ -181,7 +181,7 @@ def learned(name: str) -> tuple[Policy, Observation, np.ndarray]:
     chunk = policy.encode(actions)
     batch = policy.batch([seen] * 16, [chunk, policy.encode(-actions)] * 8)
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=5e-3)
-    for step in range(100):
+    for step in range(steps):
         optimizer.zero_grad()
         policy.sft_loss(batch, noise_keys=16 * step + torch.arange(16)).backward()
         optimizer.step()
@@ -191,7 +191,7 @@ def learned(name: str) -> tuple[Policy, Observation, np.ndarray]:
 @pytest.mark.parametrize("name", ["pi0", "pi0.5"])
 @torch.no_grad()
 def test_a_flow_score_has_the_mean_over_all_times(name: str) -> None:
-    policy, seen, chunk = learned(name)
+    policy, seen, chunk = learned(name, 30)
     assert isinstance(policy, FlowPolicy)
     one = policy.batch([seen], [chunk])
     # Plainly: every time of a fine grid over [0, 1] with noise of its own, through the network alone.
@@ -216,7 +216,7 @@ def test_a_flow_score_has_the_mean_over_all_times(name: str) -> None:
 
 @torch.no_grad()
 def test_a_diffusion_score_has_the_mean_over_all_masks() -> None:
-    policy, seen, chunk = learned("diffusion")
+    policy, seen, chunk = learned("diffusion", 100)
     assert isinstance(policy, DiffusionPolicy)
     one = policy.batch([seen], [chunk])
     # Plainly: all 2^14 - 1 masks, one pass over the whole sequence each; a size has weight 1 / 14, its masks alike.
