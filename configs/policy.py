@@ -58,6 +58,12 @@ class DiffusionPart(Part):
 
     iterations: int = Field(12, ge=1, description="forward passes in which a chunk is unmasked")
     remask: bool = Field(False, description="let decoded tokens be masked again where confidence stays low")
+    choice_temperature: float | None = Field(
+        None,
+        ge=0,
+        description="scale of the noise on the order in which tokens are kept, beside their log-probability: large is a "
+        "random order; none: the sampling temperature",
+    )
     score_draws: int = Field(4, ge=1, description="masks that a score averages over")
 
 

@@ -69,8 +69,9 @@ class DiffusionPolicy:
         self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
     ) -> list[ActionSample]:
         """Unmask one chunk per observation, see `objectives.masked_diffusion.parallel_decode`; `temperature` scales the
-        noise on tokens and on the order they are kept in."""
+        noise on tokens and, unless the recipe says otherwise, on the order they are kept in."""
         check_requests(observations, seeds, temperature)
+        choice = self._part.choice_temperature
         seen = self._inputs.stack(observations, self.network)
         cache = self._prefix(seen, self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC))
         bins = self._actions.bins
@@ -83,7 +84,7 @@ class DiffusionPolicy:
             noise,
             mask_id=bins,
             temperature=temperature,
-            choice_temperature=temperature,
+            choice_temperature=temperature if choice is None else choice,
             use_remask=self._part.remask,
         )
         chunks = (decoded.samples_KBL[-1] + self._actions.first_id).cpu().numpy()
