@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configs.loader import RecipeError, load_recipe
+from configs.policy import PolicyPart
 from configs.schema import Recipe
 from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
@@ -54,7 +55,7 @@ def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
             "tasks.held_out_init_states; hold out others"
         )
     here, there = (
-        r.policy.model_dump(exclude={"temperature"}) | {"image_size": r.environment.image_size}
+        r.policy.model_dump(exclude=PolicyPart.SAMPLING) | {"image_size": r.environment.image_size}
         for r in (recipe, theirs)
     )
     unlike = [

@@ -27,11 +27,18 @@ from trajectories.journal import Journal, read_journal
 
 START = "start"
 ARMS: dict[str, tuple[str, ...]] = {
+    "demos": (
+        "preference.preference_weight=0",
+        "preference.anchor_weight=0",
+        "preference.success_weight=0",
+        "preference.demo_weight=1",
+    ),
     "sft": ("preference.preference_weight=0", "preference.anchor_weight=0"),
     "dpo-dora": ("adapter.method=dora",),
     "dpo-lora": ("adapter.method=lora",),
 }
-"""What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone."""
+"""What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone, and `demos`,
+the control, the same steps on the demonstrations alone: what more training of the start would have given."""
 
 Outcomes = dict[tuple[int, int, int], bool]
 """(task, initial state, sampling seed) -> success."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -61,8 +61,8 @@ class DiffusionPart(Part):
     choice_temperature: float | None = Field(
         None,
         ge=0,
-        description="scale of the noise on the order in which tokens are kept, beside their log-probability: large is a "
-        "random order; none: the sampling temperature",
+        description="scale of the noise on the order in which tokens are kept, beside their log-probability: large is "
+        "a random order; none: the sampling temperature",
     )
     score_draws: int = Field(4, ge=1, description="masks that a score averages over")
 
@@ -92,6 +92,13 @@ def unread_settings(paradigm: object, version: object) -> dict[str, str]:
 
 class PolicyPart(Part):
     """The policy's architecture and how it samples."""
+
+    SAMPLING: ClassVar[dict[str, bool | set[str]]] = {
+        "temperature": True,
+        "diffusion": True,
+        "flow": {"steps", "score_draws"},
+    }
+    """Settings under which the same weights may be sampled and scored otherwise; the others are the weights' own."""
 
     paradigm: Literal["autoregressive", "flow", "diffusion"] = Field(
         "autoregressive",

@@ -79,15 +79,19 @@ class PreferenceLearner:
     ) -> UpdateReport:
         """One round of optimizer steps on these data; see `learners.terms` for the loss and the metrics.
 
-        `on_step` gets the step number from 1 and its metrics, with `grad_norm` before clipping. Without anything to
-        learn from, nothing happens and the report says `skipped`. When the tripwire trips, adapter and optimizer
-        are put back exactly as they were and the report says `tripped`.
+        `on_step` gets the step number from 1 and its metrics, with `grad_norm` before clipping. Without anything new to
+        learn from, nothing happens and the report says `skipped`; demonstrations alone are learned from only where
+        every other weight is zero. When the tripwire trips, adapter and optimizer are put back exactly as they were
+        and the report says `tripped`.
         """
         part = self._part
+        demos_alone = part.demo_weight and not (
+            part.preference_weight or part.proximal_weight or part.anchor_weight or part.success_weight
+        )
         pairs = pairs if part.preference_weight or part.proximal_weight or part.anchor_weight else ()
         successes = successes if part.success_weight else ()
         demos = demos if part.demo_weight else ()
-        if not pairs and not successes:
+        if not (pairs or successes or (demos_alone and demos)):
             return UpdateReport(
                 stopped="skipped",
                 reason="no pairs and no successes to learn from (or their weights are zero)",

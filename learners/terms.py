@@ -87,8 +87,10 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
 
 def lowest_logratio(metrics: Mapping[str, float]) -> float:
     """What the tripwire watches: of the chosen decisions (with value credit the few decisive ones) and of the
-    successful ones (drawn from all), the lower mean log-ratio per token."""
-    return min(metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics)
+    successful ones (drawn from all), the lower mean log-ratio per token; 0 where neither was drawn."""
+    return min(
+        (metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics), default=0.0
+    )
 
 
 def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
