@@ -48,7 +48,7 @@ def run_name(name: str, arm: str, seed: int) -> str:
     return f"{name}-{arm}-s{seed}"
 
 
-def run_arm(recipe: Path, prefix: str, arm: str, seed: int, root: Path) -> None:
+def run_arm(recipe: Path, prefix: str, arm: str, seed: int, root: Path, changes: Sequence[str]) -> None:
     """Run one arm of one training seed, unless it has finished."""
     name = run_name(prefix, arm, seed)
     if (root / name / "result.json").is_file():
@@ -59,6 +59,7 @@ def run_arm(recipe: Path, prefix: str, arm: str, seed: int, root: Path) -> None:
         command.append("rollouts.rounds=0")
     else:
         command += [f"start={root / run_name(prefix, START, seed)}", *ARMS[arm]]
+    command += changes
     typer.echo(" ".join(command))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -99,7 +100,14 @@ def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, A
     ]
 
 
-def measure(recipe: Path, arms: Sequence[str], seeds: Sequence[int], file: Path, root: Path) -> None:
+def measure(
+    recipe: Path,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    file: Path,
+    root: Path,
+    changes: Sequence[str],
+) -> None:
     """Run what `file` does not hold yet, seed by seed, and add each run's outcomes to it as it finishes."""
     name = file.stem
     journal = Journal(file, fsync=True)
@@ -107,11 +115,11 @@ def measure(recipe: Path, arms: Sequence[str], seeds: Sequence[int], file: Path,
     for seed in seeds:
         missing = [arm for arm in arms if (arm, seed) not in held]
         if missing or (START, seed) not in held:
-            run_arm(recipe, name, START, seed, root)
+            run_arm(recipe, name, START, seed, root, changes)
         if (START, seed) not in held:
             journal.extend(rows_of(root / run_name(name, START, seed), START, seed, 0))
         for arm in missing:
-            run_arm(recipe, name, arm, seed, root)
+            run_arm(recipe, name, arm, seed, root, changes)
             folder = root / run_name(name, arm, seed)
             journal.extend(rows_of(folder, arm, seed, last_version(folder)))
 
@@ -184,6 +192,7 @@ def write_table(file: Path, run: Path) -> None:
 
 
 def main(
+    changes: Annotated[list[str] | None, typer.Argument(help="settings to change in every run")] = None,
     recipe: Annotated[Path, typer.Option(help="recipe of every run")] = Path("configs/libero_object.yaml"),
     seeds: Annotated[str, typer.Option(help="training seeds")] = "0,1,2",
     arms: Annotated[str, typer.Option(help="arms to run")] = ",".join(ARMS),
@@ -201,7 +210,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     file = output / f"{name}.jsonl"
     if not report_only:
-        measure(recipe, chosen, numbers, file, root)
+        measure(recipe, chosen, numbers, file, root, changes or [])
     write_table(file, root / run_name(name, START, numbers[0]))
 
 
