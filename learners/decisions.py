@@ -61,7 +61,7 @@ class _Entry:
     """Without pixels: images are kept as their context."""
     context: torch.Tensor
     reference: torch.Tensor
-    """float32 [noise draws, decisions, L]; zeros for demonstrations, which have no reference."""
+    """float32 [noise draws, decisions, L]; NaN where it is not recorded."""
     executed: torch.Tensor
     """float32 [decisions, L], 1 at elements of actions that were executed, else 0."""
     group: int
@@ -71,8 +71,9 @@ class _Entry:
 class DecisionPool:
     """The decisions that an update may draw, with what stays constant over its steps computed once.
 
-    Constant are the context (the adapter leaves it alone) and the reference log-probs; a surrogate's are kept under
-    each of NOISE_DRAWS draws of noise. Both are kept by trajectory id from one update to the next.
+    Constant are the context (the adapter leaves it alone) and the reference log-probs, of which a surrogate has
+    NOISE_DRAWS, one for each draw of noise. What is not recorded of them is computed when `refer` first asks for it:
+    an update looks at less than half. The context is kept by trajectory id from one update to the next.
 
     Policy and reference see one decision under the same noise: that is what makes their difference an estimate of a
     log-ratio. The two sides of a pair share it too, rank by rank (`draws`), wherever in their trajectories the
@@ -137,22 +138,35 @@ class DecisionPool:
         logps = self._policy.score(take(self._batch, rows), self._context[rows], noise_keys=keys)
         return logps * self._executed[rows]
 
+    @torch.no_grad()
+    def refer(self, rows: torch.Tensor, noise: torch.Tensor) -> None:
+        """Compute what `reference` will be asked for, decisions int64 [rows] under draws of noise [rows], where it is
+        neither recorded nor computed yet. Not to be called within `adapters.merged_forward`, which hides the base."""
+        asked = torch.unique(torch.stack([noise, rows]), dim=1)
+        missing = asked[:, self._reference[asked[0], asked[1], 0].isnan().cpu()]
+        if not missing.numel():
+            return
+        with adapters.disabled(self._policy.module):
+            for draws, part in zip(missing[0].split(SCORE_BATCH), missing[1].split(SCORE_BATCH), strict=True):
+                keys = noise_keys(self._groups[part], draws)
+                logps = self._policy.score(take(self._batch, part), self._context[part], noise_keys=keys)
+                self._reference[draws, part] = logps.to(self._reference.dtype)
+
     def reference(self, rows: torch.Tensor, noise: torch.Tensor | int = 0) -> torch.Tensor:
-        """Log-probabilities under the reference, float32 [rows, L], constant; the same noise as `score`."""
-        return self._reference[noise, rows] * self._executed[rows]
+        """Log-probabilities under the reference, float32 [rows, L], constant; the same noise as `score`. Raises
+        RuntimeError for what `refer` was not asked for."""
+        found = self._reference[noise, rows]
+        if found.isnan().any():
+            raise RuntimeError("the reference of these decisions has not been computed; call refer first")
+        return found * self._executed[rows]
 
     @torch.no_grad()
     def _entry(self, trajectory: Trajectory) -> _Entry:
         batch = stack(self._policy, trajectory)
         rows, group = torch.arange(len(batch)).split(SCORE_BATCH), noise_group(trajectory.cell)
         context = torch.cat([self._policy.encode_context(take(batch, part)) for part in rows])
-        if trajectory.policy_version < 0:
-            reference = torch.zeros(self.noise_draws, len(batch), self._policy.tokens)
-        elif self._start_reference:
-            with adapters.disabled(self._policy.module):
-                keys = [noise_keys(torch.full((len(batch),), group), n) for n in range(self.noise_draws)]
-                reference = torch.stack([self._scored(batch, context, rows, k) for k in keys])
-        else:
+        reference = torch.full((self.noise_draws, len(batch), self._policy.tokens), torch.nan)
+        if trajectory.policy_version >= 0 and not self._start_reference:
             reference = _recorded(trajectory, batch)[None]
         images = batch.agentview_BHWC[:, :0]
         return _Entry(
@@ -161,13 +175,6 @@ class DecisionPool:
             reference=reference.to(batch.chunk_BL.device),
             executed=_executed(trajectory, self._policy.tokens).to(batch.chunk_BL.device),
             group=group,
-        )
-
-    def _scored(
-        self, batch: DecisionBatch, context: torch.Tensor, rows: Sequence[torch.Tensor], keys: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.cat(
-            [self._policy.score(take(batch, part), context[part], noise_keys=keys[part]) for part in rows]
         )
 
 

@@ -15,7 +15,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.credit import credits, decisive
 from learners.decisions import DecisionPool, stack
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
-from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio
+from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
 from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
@@ -192,6 +192,7 @@ class PreferenceLearner:
         for step in range(1, self._part.steps + 1):
             draw = next(draws)
             self._optimizer.zero_grad(set_to_none=True)
+            refer(draw, self._pool)
             with self._forward():
                 metrics = accumulate_gradients(draw, self._pool, self._part)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self._part.grad_clip).item()

@@ -93,6 +93,14 @@ def lowest_logratio(metrics: Mapping[str, float]) -> float:
     )
 
 
+def refer(draw: Draw, pool: DecisionPool) -> None:
+    """Have the pool compute every reference that the terms of a draw compare with."""
+    sides = [side for pair in draw.pairs for side in pair]
+    rows, noise = _looked_at(sides, draw, pool) if sides else (draw.successes[:0], draw.successes[:0])
+    likely = pool.draws(len(draw.successes), draw.noise)
+    pool.refer(torch.cat([rows, draw.successes]), torch.cat([noise, likely]))
+
+
 def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
     """Mean log pi / pi_ref per token on the preferred decisions of a draw, by the metric's name, under the weights as
     they are."""

@@ -14,7 +14,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPar
 from learners.decisions import NOISE_DRAWS, DecisionPool
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
-from learners.terms import Draw, Side, accumulate_gradients
+from learners.terms import Draw, Side, accumulate_gradients, refer
 from policies.protocol import Policy
 from policies.weights import adapters
 from tests.paradigms import PARADIGMS, SURROGATES, new, observations
@@ -103,7 +103,10 @@ def test_a_kept_reference_is_of_the_same_noise_as_the_score(name: str) -> None:
     pool.hold([one, other])
     rows = pool.rows(other)
     scores = [pool.score(rows, noise).detach().numpy() for noise in range(NOISE_DRAWS)]
+    with pytest.raises(RuntimeError, match="call refer first"):
+        pool.reference(rows, 0)
     for noise, score in enumerate(scores):
+        pool.refer(rows, torch.full_like(rows, noise))
         np.testing.assert_allclose(pool.reference(rows, noise).numpy(), score, atol=1e-5)
     assert (scores[0] != scores[1]).any()
     assert pool.noise_draws == NOISE_DRAWS
@@ -134,6 +137,8 @@ def test_the_sides_of_a_pair_share_their_noise_and_other_decisions_have_other_no
     ]
     successes = torch.cat([pool.rows(pair.chosen) for pair in pairs])
     draw = Draw(pairs=sides, successes=successes, demos=successes[:0], noise=7)
+    refer(draw, pool)
+    seen.clear()
     metrics = accumulate_gradients(draw, pool, PreferencePart(reference="start"))
     of_pairs, of_successes = seen
     chosen, rejected = of_pairs.view(2, len(pairs), 2)
@@ -173,6 +178,8 @@ def test_actions_that_were_not_executed_count_nothing(name: str) -> None:
     pool = DecisionPool(policy, start_reference=not policy.exact)
     pool.hold([ended])
     rows = pool.rows(ended)
+    learner_of(policy)
+    pool.refer(rows, torch.zeros_like(rows))
     for scores in (pool.score(rows), pool.reference(rows)):
         assert (scores[-1, 7:] == 0).all()
         assert (scores[-1, :7] != 0).any()
