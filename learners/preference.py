@@ -14,7 +14,7 @@ import torch
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.credit import credits, decisive
 from learners.decisions import DecisionPool, stack
-from learners.report import Trip, Tripwire, UpdateReport, mean_of_last
+from learners.report import Trip, Tripwire, UpdateReport, mean_of_last, skipped
 from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
 from policies.weights import adapters
@@ -92,14 +92,7 @@ class PreferenceLearner:
         successes = successes if part.success_weight else ()
         demos = demos if part.demo_weight else ()
         if not (pairs or successes or (demos_alone and demos)):
-            return UpdateReport(
-                stopped="skipped",
-                reason="no pairs and no successes to learn from (or their weights are zero)",
-                steps=0,
-                value=0.0,
-                metrics={},
-                history=(),
-            )
+            return skipped("no pairs and no successes to learn from (or their weights are zero)")
         self._calibrate(demos or successes or [pair.chosen for pair in pairs])
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         self._pool.hold([*sides, *successes, *demos])

@@ -41,6 +41,11 @@ class UpdateReport:
         }
 
 
+def skipped(reason: str) -> UpdateReport:
+    """The report of a round with nothing to learn from."""
+    return UpdateReport(stopped="skipped", reason=reason, steps=0, value=0.0, metrics={}, history=())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trip:
     """Why an update has to be undone."""
