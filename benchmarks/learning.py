@@ -54,12 +54,11 @@ def run_arm(recipe: Path, prefix: str, arm: str, seed: int, root: Path, changes:
     if (root / name / "result.json").is_file():
         return
     command = [sys.executable, "launch.py", "train", str(recipe), f"name={name}", f"seed={seed}"]
-    command.append(f"demonstrations.seed={seed}")
+    command += [f"demonstrations.seed={seed}", *changes]
     if arm == START:
         command.append("rollouts.rounds=0")
     else:
         command += [f"start={root / run_name(prefix, START, seed)}", *ARMS[arm]]
-    command += changes
     typer.echo(" ".join(command))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
