@@ -1,4 +1,5 @@
-"""Every task of four suites on the stand-in pack: it loads, settles, lies where the published models lie, renders.
+"""Every task of four suites on the stand-in pack: it loads, settles, lies where the published models lie, renders, and
+its goal can be reached.
 
 `tests/data/rest_positions.json` holds where objects lie on the reduced copy of the published models. Record it
 again with `PYTHONPATH=. python tests/test_standins.py ../shared/libero_assets`.
@@ -10,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets, check_pack, pack_digest, resolve_assets
 from envs.libero import HOLD, LiberoEnv
 from envs.standins import build_pack
+from tests.standin_goals import fulfil
 
 ROOT = Path(__file__).parents[1]
 SHARED_ASSETS = ROOT.parent / "shared" / "libero_assets"
@@ -42,6 +45,15 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> ResolvedAssets:
     folder = tmp_path_factory.mktemp("stand-ins")
     build_pack(folder)
     return ResolvedAssets(path=folder, kind="stand-in", digest=pack_digest(folder))
+
+
+@pytest.fixture(scope="module", params=TASKS, ids=lambda task: f"{task[0]}-{task[1]}")
+def env(pack: ResolvedAssets, request: pytest.FixtureRequest) -> Iterator[LiberoEnv]:
+    """Each task's simulator in turn; building one takes seconds, so the tests of a task share it."""
+    suite, task_id = request.param
+    env = LiberoEnv(suite=suite, task_id=task_id, environment=ENVIRONMENT, assets=pack)
+    yield env
+    env.close()
 
 
 def positions(env: LiberoEnv) -> Positions:
@@ -70,9 +82,8 @@ def recorded(suite: str, task_id: int, state: int) -> Positions:
 
 
 @pytest.mark.libero
-@pytest.mark.parametrize(("suite", "task_id"), TASKS)
-def test_task_settles_where_the_published_models_do(pack: ResolvedAssets, suite: str, task_id: int) -> None:
-    env = LiberoEnv(suite=suite, task_id=task_id, environment=ENVIRONMENT, assets=pack)
+def test_task_settles_where_the_published_models_do(env: LiberoEnv) -> None:
+    suite, task_id = env.task.suite, env.task.task_id
     length = 1 + env.sim.model.nq + env.sim.model.nv
     assert length in STATE_LENGTHS.get(suite, set(range(45, 124)))
     for state in STATES:
@@ -85,7 +96,17 @@ def test_task_settles_where_the_published_models_do(pack: ResolvedAssets, suite:
         if (suite, task_id, state) not in OVERLAPPING:
             off, stray = farthest(late, recorded(suite, task_id, state))
             assert off < REST_METRES, f"state {state}: {stray} lies elsewhere"
-    env.close()
+
+
+@pytest.mark.libero
+def test_the_goal_can_be_reached(env: LiberoEnv) -> None:
+    env.reset(seed=0, options={"init_state": 0})
+    goals: list[Any] = env.domain.parsed_problem["goal_state"]
+    assert not env.domain._check_success()
+    fulfil(env, goals)
+    success, _, executed = env.advance(np.tile(HOLD, (40, 1)))
+    reached = {tuple(goal): bool(env.domain._eval_predicate(goal)) for goal in goals}
+    assert success, f"after {executed} steps: {reached}"
 
 
 @pytest.mark.libero
