@@ -1,0 +1,92 @@
+"""What holds a fine-tuning update apart from a capability vector, against dense arithmetic and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from objectives.orthogonal import LowRank, Matrix, cosine_penalty, elementwise_penalty, inner, squared_cosine
+
+
+def low_rank(rows: int, rank: int, columns: int, seed: int) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(
+        left=torch.randn(rows, rank, generator=generator, dtype=torch.float64),
+        right=torch.randn(rank, columns, generator=generator, dtype=torch.float64),
+    )
+
+
+def dense(matrix: Matrix) -> torch.Tensor:
+    return matrix.left @ matrix.right if isinstance(matrix, LowRank) else matrix
+
+
+@pytest.mark.parametrize("left_dense", [False, True])
+@pytest.mark.parametrize("right_dense", [False, True])
+def test_factors_give_the_dense_inner_product(left_dense: bool, right_dense: bool) -> None:
+    a, b = low_rank(12, 3, 7, seed=0), low_rank(12, 5, 7, seed=1)
+    expected = (dense(a) * dense(b)).sum()
+    found = inner(dense(a) if left_dense else a, dense(b) if right_dense else b)
+    torch.testing.assert_close(found, expected)
+
+
+def test_matrices_of_other_shapes_have_no_inner_product() -> None:
+    with pytest.raises(ValueError, match=r"\[12, 7\] and \[7, 12\]"):
+        inner(low_rank(12, 3, 7, seed=0), low_rank(7, 3, 12, seed=0))
+
+
+def test_a_matrix_is_parallel_to_itself_and_orthogonal_to_another_half() -> None:
+    one, two = torch.zeros(4, 4), torch.zeros(4, 4)
+    one[:2], two[2:] = 1.0, 3.0
+    assert squared_cosine(one, -5 * one).item() == pytest.approx(1)
+    assert squared_cosine(one, two).item() == 0
+    assert squared_cosine(one, torch.zeros(4, 4)).item() == 0
+
+
+def test_the_cosine_has_no_scale_and_the_elementwise_penalty_has() -> None:
+    gamma, delta = {"w": torch.tensor([[1.0, -2.0]])}, {"w": torch.tensor([[3.0, 1.0]])}
+    thousandth = {"w": delta["w"] / 1000}
+    # <gamma, delta> = 1, |gamma|^2 = 5, |delta|^2 = 10.
+    assert cosine_penalty(gamma, delta).item() == pytest.approx(1 / 50)
+    assert cosine_penalty(gamma, thousandth).item() == pytest.approx(1 / 50)
+    assert elementwise_penalty(gamma, delta).item() == pytest.approx(5)
+    assert elementwise_penalty(gamma, thousandth).item() == pytest.approx(0.005)
+
+
+def test_the_elementwise_penalty_bounds_the_inner_product() -> None:
+    gamma, delta = torch.randn(8, 8), torch.randn(8, 8)
+    assert elementwise_penalty({"w": gamma}, {"w": delta}) >= inner(gamma, delta).abs()
+
+
+def test_no_vector_costs_nothing() -> None:
+    delta = {"w": torch.randn(3, 4)}
+    nothing = {"w": torch.zeros(3, 4)}
+    assert cosine_penalty(nothing, delta).item() == elementwise_penalty(nothing, delta).item() == 0
+
+
+@pytest.mark.parametrize("gamma_dense", [False, True])
+def test_the_gradient_in_the_factors_is_the_numerical_one(gamma_dense: bool) -> None:
+    vector = low_rank(6, 2, 5, seed=2)
+    gamma = dense(vector) if gamma_dense else vector
+    left, right = (
+        f.clone().requires_grad_() for f in (low_rank(6, 3, 5, seed=3).left, low_rank(6, 3, 5, seed=3).right)
+    )
+
+    def penalty(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return cosine_penalty({"w": gamma}, {"w": LowRank(left=left, right=right)})
+
+    assert torch.autograd.gradcheck(penalty, (left, right))
+
+
+def test_the_elementwise_gradient_is_the_numerical_one() -> None:
+    gamma = {"w": torch.tensor([[0.5, -2.0], [0.0, 1.0]], dtype=torch.float64)}
+    delta = torch.tensor([[1.0, 1.0], [-3.0, -0.1]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d: elementwise_penalty(gamma, {"w": d}), (delta,))
+
+
+def test_only_weights_that_both_name_count() -> None:
+    gamma = {"w": torch.ones(2, 2), "head": torch.ones(9)}
+    assert elementwise_penalty(gamma, {"w": torch.ones(2, 2), "other": torch.ones(3)}).item() == 4
+    with pytest.raises(ValueError, match="share no weight"):
+        cosine_penalty(gamma, {"other": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"w is \[2, 2\] in the vector and \[4\]"):
+        elementwise_penalty(gamma, {"w": torch.ones(4)})
