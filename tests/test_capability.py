@@ -1,0 +1,167 @@
+"""Capability vectors: the difference of two fine-tunings, merged into their base, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learners.capability import CapabilityError, extract, merge, read_manifest, read_vector
+from policies.weights.shards import ShardFolder, Stored, write_shard
+
+ROOT = Path(__file__).parents[1]
+
+
+def weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"decoder.q.weight": (6, 4), "decoder.norm.weight": (4,), "head.weight": (3, 6)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def folder(path: Path, tensors: dict[str, torch.Tensor], shards: int = 2) -> Path:
+    """The tensors in so many files, and a file that is none of them."""
+    path.mkdir()
+    names = list(tensors)
+    for i in range(shards):
+        save_file({n: tensors[n] for n in names[i::shards]}, path / f"model-{i}.safetensors")
+    (path / "config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def trio(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Base, plain and auxiliary fine-tuning; the last has a projector of its own, and one file where the base has
+    two."""
+    return (
+        folder(tmp_path / "base", weights(0)),
+        folder(tmp_path / "sft", weights(1)),
+        folder(tmp_path / "aux", weights(2) | {"projector.weight": torch.ones(2, 2)}, shards=1),
+    )
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def test_a_vector_is_the_difference_of_what_all_three_hold(
+    trio: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, sft, aux = trio
+    manifest = extract(base, sft=sft, aux=aux, out=tmp_path / "gamma", recipes={"sft": "a", "aux": "b"})
+    gamma = read(tmp_path / "gamma")
+    assert set(gamma) == set(weights(0))
+    for name, tensor in gamma.items():
+        torch.testing.assert_close(tensor, weights(2)[name] - weights(1)[name])
+    assert read_manifest(tmp_path / "gamma") == manifest
+    assert manifest.recipes == {"sft": "a", "aux": "b"}
+
+
+def test_the_manifest_says_how_the_vector_lies_to_plain_fine_tuning(
+    trio: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, sft, aux = trio
+    manifest = extract(base, sft=sft, aux=aux, out=tmp_path / "gamma")
+    flat = [torch.cat([weights(seed)[n].flatten() for n in weights(0)]) for seed in range(3)]
+    gamma, moved = flat[2] - flat[1], flat[1] - flat[0]
+    total = manifest.total()
+    assert total.ratio == pytest.approx((gamma.norm() / moved.norm()).item(), rel=1e-5)
+    assert total.cosine == pytest.approx(torch.cosine_similarity(gamma, moved, dim=0).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alpha_0_is_the_base_to_the_bit_and_alpha_1_of_no_sft_is_the_auxiliary_run(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base, aux = folder(tmp_path / "base", weights(0, dtype)), folder(tmp_path / "aux", weights(2, dtype))
+    extract(base, sft=base, aux=aux, out=tmp_path / "gamma")
+    merge(base, tmp_path / "gamma", alpha=0, out=tmp_path / "zero")
+    merge(base, tmp_path / "gamma", alpha=1, out=tmp_path / "one")
+    for name, tensor in read(tmp_path / "zero").items():
+        assert torch.equal(tensor, weights(0, dtype)[name])
+    for name, tensor in read(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(2, dtype)[name], atol=0.02, rtol=0.01)
+    assert [p.name for p in sorted((tmp_path / "one").iterdir())] == [p.name for p in sorted(base.iterdir())]
+
+
+def test_equal_runs_give_no_vector(tmp_path: Path) -> None:
+    base, sft = folder(tmp_path / "base", weights(0)), folder(tmp_path / "sft", weights(1))
+    manifest = extract(base, sft=sft, aux=sft, out=tmp_path / "gamma")
+    assert all((array == 0).all() for array in read_vector(tmp_path / "gamma").values())
+    assert (manifest.total().gamma_norm, manifest.total().cosine) == (0, 0)
+
+
+def test_a_vector_of_another_base_is_refused(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, sft, aux = trio
+    extract(base, sft=sft, aux=aux, out=tmp_path / "gamma")
+    with pytest.raises(CapabilityError, match=r"was extracted from the base .*merge it into the one"):
+        merge(sft, tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_does_not_go_together_is_refused(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, sft, aux = trio
+    other = folder(tmp_path / "other", {"x": torch.ones(1), "y": torch.ones(1)})
+    wide = folder(tmp_path / "wide", weights(3) | {"head.weight": torch.ones(3, 7)})
+    broken = weights(3)
+    broken["head.weight"][0, 0] = torch.nan
+    with pytest.raises(CapabilityError, match="share no weight"):
+        extract(base, sft=other, aux=aux, out=tmp_path / "gamma")
+    with pytest.raises(CapabilityError, match=r"head.weight has shapes"):
+        extract(base, sft=wide, aux=aux, out=tmp_path / "gamma")
+    with pytest.raises(CapabilityError, match="1 non-finite of 18"):
+        extract(base, sft=folder(tmp_path / "nan", broken), aux=aux, out=tmp_path / "gamma")
+    with pytest.raises(CapabilityError, match="no capability vector"):
+        merge(base, sft, alpha=1, out=tmp_path / "merged")
+    with pytest.raises(CapabilityError, match=r"has no \*.safetensors"):
+        extract(base, sft=sft, aux=tmp_path / "nowhere", out=tmp_path / "gamma")
+    with pytest.raises(CapabilityError, match="exists"):
+        extract(base, sft=sft, aux=aux, out=sft)
+    assert not (tmp_path / "gamma").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".staging")]
+
+
+def test_a_shard_is_what_safetensors_writes(tmp_path: Path) -> None:
+    tensors = weights(0)
+    stored = {n: Stored(file="own", dtype="F32", shape=tuple(t.shape)) for n, t in tensors.items()}
+    write_shard(tmp_path / "own", stored, ((n, t.numpy()) for n, t in tensors.items()))
+    for name, tensor in load_file(tmp_path / "own").items():
+        assert torch.equal(tensor, tensors[name])
+    with pytest.raises(ValueError, match=r"expected decoder.q.weight \[6, 4\]"):
+        write_shard(tmp_path / "own", stored, iter([("decoder.q.weight", np.zeros((4, 6), np.float32))]))
+
+
+def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path / "base", weights(0))
+    save_file({"head.weight": torch.ones(1)}, path / "more.safetensors")
+    with pytest.raises(ValueError, match=r"head.weight is in model-0.safetensors and in more.safetensors"):
+        ShardFolder(path)
+
+
+_PEAK = """
+import json, resource, sys
+from learners.capability import merge
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge(sys.argv[1], sys.argv[2], alpha=1.1, out=sys.argv[3])
+print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+"""
+
+
+def test_a_merge_takes_less_memory_than_two_shards(tmp_path: Path) -> None:
+    """Two shards of 48 MB, as a model of 7 B weights has three of gigabytes whose largest tensor is a fraction."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"layers.{i}.weight": torch.randn(1024, 1024, generator=generator).bfloat16() for i in range(48)
+    }
+    base, aux = folder(tmp_path / "base", tensors), tmp_path / "aux"
+    folder(aux, {n: t + 1 for n, t in tensors.items()})
+    extract(base, sft=base, aux=aux, out=tmp_path / "gamma")
+    command = [sys.executable, "-c", _PEAK, str(base), str(tmp_path / "gamma"), str(tmp_path / "merged")]
+    grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    shard = max(file.stat().st_size for file in base.glob("*.safetensors"))
+    assert grown < 2 * shard
