@@ -47,15 +47,12 @@ def inner(a: Matrix, b: Matrix) -> torch.Tensor:
     """
     if a.shape != b.shape:
         raise ValueError(f"an inner product of {list(a.shape)} and {list(b.shape)}, expected equal shapes")
-    match a, b:
-        case LowRank(), LowRank():
+    if isinstance(a, LowRank):
+        if isinstance(b, LowRank):
             # <U V, B A> = tr((B^T U)(V A^T)), two r x q grams.
             return ((b.left.T @ a.left) * (b.right @ a.right.T)).sum()
-        case LowRank(), torch.Tensor():
-            return (a.left * (b @ a.right.T)).sum()
-        case torch.Tensor(), LowRank():
-            return inner(b, a)
-    return (a * b).sum()
+        return (a.left * (b @ a.right.T)).sum()
+    return inner(b, a) if isinstance(b, LowRank) else (a * b).sum()
 
 
 def squared_cosine(gamma: Matrix, delta: Matrix) -> torch.Tensor:
