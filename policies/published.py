@@ -20,7 +20,7 @@ from policies.decoding.modules import ModuleDecoder
 from policies.diffusion import DiffusionPolicy
 from policies.flow import FlowPolicy
 from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
-from policies.openvla.images import libero_view
+from policies.openvla.images import openvla_view
 from policies.openvla.inputs import OpenVLAInputs
 from policies.pi0.folder import Pi0Folder, open_pi0
 from policies.pi0.inputs import PublishedInputs
@@ -74,7 +74,6 @@ def openvla_policy(
     folder: str | Path,
     *,
     unnorm_key: str | None = None,
-    crop: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     filled: bool = True,
@@ -82,12 +81,12 @@ def openvla_policy(
     """The policy of a checkpoint folder: one action at a time, from the agentview alone.
 
     `unnorm_key` names the data set whose statistics scale the actions, and may be left out where there is one alone;
-    `crop`: see `libero_view`; `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
+    `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
     OpenVLA's own argmax is over the whole vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds
     an action token. Raises ValueError as `open_openvla` and `OpenVLAFolder.network` do.
     """
     found = open_openvla(folder)
-    inputs = _openvla_inputs(found, unnorm_key, chunk=1, crop=crop)
+    inputs = _openvla_inputs(found, unnorm_key, chunk=1)
     network = found.network(device=device, dtype=dtype, filled=filled)
     return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
 
@@ -153,16 +152,14 @@ def _folder(part: PolicyPart) -> Path:
     return Path(part.checkpoint)
 
 
-def _openvla_inputs(
-    found: OpenVLAFolder, unnorm_key: str | None, *, chunk: int, crop: bool = True
-) -> OpenVLAInputs:
+def _openvla_inputs(found: OpenVLAFolder, unnorm_key: str | None, *, chunk: int) -> OpenVLAInputs:
     side = found.image_size
     return OpenVLAInputs(
         prompts=found.prompts,
         actions=found.actions(unnorm_key),
         chunk=chunk,
         image_size=side,
-        view=partial(libero_view, size=side, crop=crop),
+        view=partial(openvla_view, size=side),
     )
 
 

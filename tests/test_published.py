@@ -20,14 +20,15 @@ from policies.flow import FlowPolicy
 from policies.make import make_policy
 from policies.pi0.folder import open_pi0
 from policies.pi0.inputs import PublishedInputs
-from policies.pi0.norm_stats import normalise, pad_dims, read_norm_stats, unnormalise
-from policies.pi0.preprocessing import prompt_ids, resize_with_pad, rotate_180, to_model_range
+from policies.pi0.norm_stats import normalise, pad_dims, read_norm_stats
+from policies.pi0.preprocessing import prompt_ids, resize_with_pad
 from policies.pi0.sizes import Pi0Config
 from policies.protocol import Policy
 from policies.published import PublishedError, check_published, located
 from policies.weights import adapters
 from policies.weights.merging import merge
 from policies.weights.snapshots import state_tensors
+from tests.openpi_steps import rotate_180, to_model_range, unnormalise
 from tests.published_tiny import CPU, HEADS, PI0, STATS, episode, observations, pi0_network, write_pi0
 from trajectories.records import PreferencePair, Trajectory, WeightSnapshot
 
