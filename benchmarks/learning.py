@@ -44,6 +44,15 @@ ARMS: dict[str, tuple[str, ...]] = {
 """What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone, and `demos`,
 the control, the same steps on the demonstrations alone: what more training of the start would have given."""
 
+NOTHING = (
+    "rollouts.rounds=1",
+    "preference.preference_weight=0",
+    "preference.proximal_weight=0",
+    "preference.anchor_weight=0",
+    "preference.success_weight=0",
+    "preference.demo_weight=0",
+)
+"""The start's own run: it drives the first round, which the arms take up, and learns nothing from it."""
 PUBLISHED_ARMS = ("sft", "dpo-dora", "dpo-lora")
 SEEDS = ("seed", "demonstrations.seed")
 """Settings in which the runs of one arm differ."""
@@ -67,7 +76,7 @@ def overrides_of(prefix: str, arm: str, seed: int, root: Path, changes: Sequence
         *changes,
     ]
     if arm == START:
-        return [*overrides, "rollouts.rounds=0"]
+        return [*overrides, *NOTHING]
     return [*overrides, f"start={root / run_name(prefix, START, seed)}", *ARMS[arm]]
 
 
