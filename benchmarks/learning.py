@@ -215,20 +215,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for arm in arms:
         mine = {s: outcomes(rows, arm, s) for s in seeds if outcomes(rows, arm, s)}
         cells = [f"{_percent(mine[s])} ({len(mine[s])})" if s in mine else "-" for s in seeds]
-        wins = sum(sum(o.values()) for o in mine.values())
-        total = sum(len(o) for o in mine.values())
-        low, high = wilson(wins, total)
-        against = [cell for other in (START, "sft") for cell in _against(rows, mine, arm, other)]
-        pooled = f"{100 * wins / total:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
-        lines.append("| " + " | ".join([arm, *cells, pooled, *against]) + " |")
+        compared = [cell for other in (START, "sft") for cell in against(rows, mine, arm, other)]
+        lines.append("| " + " | ".join([arm, *cells, pooled(mine), *compared]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def pooled(by_seed: Mapping[int, Outcomes]) -> str:
+    """Success over all seeds with its 95 % Wilson interval."""
+    wins, total = sum(sum(o.values()) for o in by_seed.values()), sum(len(o) for o in by_seed.values())
+    low, high = wilson(wins, total)
+    return f"{100 * wins / total:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _percent(cells: Outcomes) -> str:
     return f"{100 * sum(cells.values()) / len(cells):.1f} %"
 
 
-def _against(
+def against(
     rows: Sequence[Mapping[str, Any]], mine: Mapping[int, Outcomes], arm: str, other: str
 ) -> tuple[str, str]:
     """Difference in points with its 95 % paired interval, and the pooled exact McNemar p."""
