@@ -58,6 +58,7 @@ SEEDS = ("seed", "demonstrations.seed")
 """Settings in which the runs of one arm differ."""
 _PLACES = ("name", "root", "start")
 """Settings that say where a run lies, not what it does."""
+_OF_UPDATES = ("preference.", "adapter.", "guard.")
 
 Outcomes = dict[tuple[int, int, int], bool]
 """(task, initial state, sampling seed) -> success."""
@@ -81,7 +82,8 @@ def overrides_of(prefix: str, arm: str, seed: int, root: Path, changes: Sequence
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Every setting that says what a run does, by its dotted path."""
+    """Every setting that says what a run does, by its dotted path; a run that learns nothing (the start's own) reads none
+    of an update's."""
 
     def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -89,7 +91,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
             found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         return found
 
-    return {path: v for path, v in flat(recipe.model_dump(mode="json"), "").items() if path not in _PLACES}
+    part = recipe.preference
+    learns = part.preference_weight or part.proximal_weight or part.anchor_weight
+    learns = learns or part.success_weight or part.demo_weight
+    unread = () if learns else _OF_UPDATES
+    told = flat(recipe.model_dump(mode="json"), "")
+    return {path: v for path, v in told.items() if path not in _PLACES and not path.startswith(unread)}
 
 
 def recipe_hash(recipe: Recipe) -> str:
