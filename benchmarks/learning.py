@@ -82,8 +82,8 @@ def overrides_of(prefix: str, arm: str, seed: int, root: Path, changes: Sequence
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Every setting that says what a run does, by its dotted path; a run that learns nothing (the start's own) reads none
-    of an update's."""
+    """Every setting that says what a run does, by its dotted path; a run that learns nothing (the start's own) reads
+    none of an update's."""
 
     def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
