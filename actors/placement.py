@@ -12,10 +12,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.fleet import Fleet
-from actors.learner import LearnerActor, MonitorActor, StoreActor
+from actors.learner import LearnerActor
+from actors.monitor import MonitorActor
 from actors.parameter_server import ParameterServer
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
+from actors.store import StoreActor
 from configs.policy import PolicyPart
 from configs.schema import (
     AdapterPart,
