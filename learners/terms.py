@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from configs.schema import PreferencePart
@@ -87,10 +88,11 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
 
 def lowest_logratio(metrics: Mapping[str, float]) -> float:
     """What the tripwire watches: of the chosen decisions (with value credit the few decisive ones) and of the
-    successful ones (drawn from all), the lower mean log-ratio per token; 0 where neither was drawn."""
-    return min(
-        (metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics), default=0.0
-    )
+    successful ones (drawn from all), the lower mean log-ratio per token; NaN where one is, 0 where neither was
+    drawn."""
+    found = [metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics]
+    # Python's min passes over a NaN that does not come first.
+    return float(np.min(found)) if found else 0.0
 
 
 def refer(draw: Draw, pool: DecisionPool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire
-from learners.terms import Draw, Side, accumulate_gradients
+from learners.terms import Draw, Side, accumulate_gradients, lowest_logratio
 from policies.protocol import Policy
 from policies.weights import adapters
 from tests.learning import ADAPTER, TOKENS, demonstration, episode, new_policy, observations, pairs_of
@@ -309,6 +310,14 @@ def test_tripwire_judges_the_running_mean_and_what_is_not_finite() -> None:
     assert infinite.reason == "grad_norm is not finite"
 
 
+def test_the_tripwire_watches_the_lower_of_the_likelihoods_there_are() -> None:
+    assert lowest_logratio({"chosen_logratio": -0.2, "success_logratio": 0.1}) == -0.2
+    assert lowest_logratio({"success_logratio": 0.1, "rejected_logratio": -3.0}) == 0.1
+    assert lowest_logratio({"demo_nll": 2.0}) == 0.0
+    for one, other in ((0.1, math.nan), (math.nan, 0.1)):
+        assert math.isnan(lowest_logratio({"chosen_logratio": one, "success_logratio": other}))
+
+
 def test_success_only_training_needs_no_pairs() -> None:
     policy = new_policy()
     successes = [episode(policy, seed=i, outcome="success") for i in range(3)]
@@ -330,6 +339,17 @@ def test_nothing_to_learn_from_changes_nothing_and_says_so() -> None:
     assert report.steps == 0
     assert "no pairs and no successes" in report.reason
     assert same(learner.state(), kept, but="")
+
+
+def test_demonstrations_alone_are_learned_from_where_they_alone_have_a_weight() -> None:
+    weights = ("preference_weight", "proximal_weight", "anchor_weight", "success_weight")
+    nothing: dict[str, Any] = {**dict.fromkeys(weights, 0), "demo_weight": 1, "steps": 3, "lr": 5e-3}
+    report = new_learner(new_policy(), PreferencePart(**nothing)).update((), (), [demonstration(5)])
+    assert report.stopped == ""
+    assert report.history[-1]["demo_nll"] < report.history[0]["demo_nll"]
+    for weight in weights:
+        learner = new_learner(new_policy(), PreferencePart(**{**nothing, weight: 1}))
+        assert learner.update((), (), [demonstration(5)]).stopped == "skipped", weight
 
 
 def test_a_learner_continues_exactly_from_its_state() -> None:
