@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from configs.schema import PreferencePart
-from learners.decisions import SCORE_BATCH, DecisionPool
+from learners.decisions import DecisionPool
 from objectives import dpo
 
 
@@ -95,15 +95,15 @@ def lowest_logratio(metrics: Mapping[str, float]) -> float:
     return float(np.min(found)) if found else 0.0
 
 
-def refer(draw: Draw, pool: DecisionPool) -> None:
-    """Have the pool compute every reference that the terms of a draw compare with."""
-    sides = [side for pair in draw.pairs for side in pair]
-    rows, noise = _looked_at(sides, draw, pool) if sides else (draw.successes[:0], draw.successes[:0])
+def refer(draw: Draw, pool: DecisionPool, part: PreferencePart) -> bool:
+    """Have the pool compute every reference that the terms of a draw compare with; whether all are finite."""
+    chosen, rejected = _sides(draw.pairs, part)
+    rows, noise = _looked_at([*chosen, *rejected], draw, pool)
     likely = pool.draws(len(draw.successes), draw.noise)
-    pool.refer(torch.cat([rows, draw.successes]), torch.cat([noise, likely]))
+    return pool.refer(torch.cat([rows, draw.successes]), torch.cat([noise, likely]))
 
 
-def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
+def logratios(draw: Draw, pool: DecisionPool, part: PreferencePart) -> dict[str, float]:
     """Mean log pi / pi_ref per token on the preferred decisions of a draw, by the metric's name, under the weights as
     they are."""
     wanted = {"success_logratio": (draw.successes, pool.draws(len(draw.successes), draw.noise))}
@@ -112,9 +112,9 @@ def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
     found = {}
     for name, (rows, noise) in wanted.items():
         if len(rows):
-            parts = zip(rows.split(SCORE_BATCH), noise.split(SCORE_BATCH), strict=True)
+            parts = zip(rows.split(part.micro_batch), noise.split(part.micro_batch), strict=True)
             with torch.no_grad():
-                ratios = [pool.score(*part) - pool.reference(*part) for part in parts]
+                ratios = [pool.score(*some) - pool.reference(*some) for some in parts]
             found[name] = torch.cat(ratios).mean().item()
     return found
 
@@ -137,9 +137,7 @@ def _groups(pairs: Sequence[tuple[Side, Side]], most: int) -> Iterator[list[tupl
 def _pair_gradients(
     group: Sequence[tuple[Side, Side]], draw: Draw, pool: DecisionPool, part: PreferencePart, sums: Sums
 ) -> None:
-    chosen_sides = [chosen for chosen, _ in group]
-    both = part.preference_weight or part.proximal_weight
-    rejected_sides = [rejected for _, rejected in group] if both else []
+    chosen_sides, rejected_sides = _sides(group, part)
     rows, noise = _looked_at([*chosen_sides, *rejected_sides], draw, pool)
     logps = pool.score(rows, noise)
     ratios = logps - pool.reference(rows, noise)
@@ -149,7 +147,7 @@ def _pair_gradients(
     objective = part.anchor_weight * anchor.sum() / tokens
     sums.add("anchor_nll", anchor)
     sums.add("chosen_logratio", ratios[:split])
-    if both:
+    if rejected_sides:
         chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
         sums.add("rejected_logratio", ratios[split:])
         sums.add("kl", -ratios)
@@ -188,10 +186,17 @@ def _likelihood_gradients(
             sums.add("success_logratio", logps - pool.reference(rows, noise))
 
 
+def _sides(pairs: Sequence[tuple[Side, Side]], part: PreferencePart) -> tuple[list[Side], list[Side]]:
+    """The chosen sides of pairs, and the rejected ones where a term looks at them: an anchor alone does not."""
+    both = part.preference_weight or part.proximal_weight
+    return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs] if both else []
+
+
 def _looked_at(sides: Sequence[Side], draw: Draw, pool: DecisionPool) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the sides one after another, and their draws of noise: by rank in their side."""
+    none = torch.empty(0, dtype=torch.int64)
     noise = [pool.draws(len(side.rows), draw.noise) for side in sides]
-    return torch.cat([side.rows for side in sides]), torch.cat(noise)
+    return torch.cat([none, *(side.rows for side in sides)]), torch.cat([none, *noise])
 
 
 def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.Tensor:

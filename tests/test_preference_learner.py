@@ -10,14 +10,26 @@ import numpy as np
 import pytest
 import torch
 
+from configs.policy import VisionPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire
-from learners.terms import Draw, Side, accumulate_gradients, lowest_logratio
-from policies.protocol import Policy
+from learners.terms import Draw, Side, accumulate_gradients, lowest_logratio, refer
+from policies.make import make_policy
+from policies.protocol import DecisionBatch, Policy
 from policies.weights import adapters
-from tests.learning import ADAPTER, TOKENS, demonstration, episode, new_policy, observations, pairs_of
+from tests.learning import (
+    ADAPTER,
+    PART,
+    SIZE,
+    TOKENS,
+    demonstration,
+    episode,
+    new_policy,
+    observations,
+    pairs_of,
+)
 from trajectories.records import Trajectory
 
 
@@ -34,9 +46,15 @@ def new_learner(
     )
 
 
-def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray], *, but: str = "generator") -> bool:
+def same(
+    first: dict[str, np.ndarray],
+    second: dict[str, np.ndarray],
+    *,
+    but: tuple[str, ...] = ("generator", "updates"),
+) -> bool:
+    """Whatever happened, what the next update draws is something else."""
     assert set(first) == set(second)
-    return all(np.array_equal(first[name], second[name]) for name in first if name != but)
+    return all(np.array_equal(first[name], second[name]) for name in first if name not in but)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -127,8 +145,8 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    pool = DecisionPool(policy, start_reference=False)
-    pool.hold([t for pair in pairs for t in (pair.chosen, pair.rejected)] + successes + demos)
+    pool = DecisionPool(policy, start_reference=False, micro_batch=64)
+    pool.hold([t for pair in pairs for t in (pair.chosen, pair.rejected)] + successes + demos, update=0)
     some = torch.tensor([1, 3, 4, 8])
     sides = [
         (
@@ -189,6 +207,84 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     assert metrics["loss"] == pytest.approx(whole.item(), abs=1e-4)
     for name, parameter in parameters.items():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("patch", "merge", "again"), [(8, 2, []), (2, 1, [2])])
+def test_a_context_is_kept_unless_its_images_take_less(patch: int, merge: int, again: list[int]) -> None:
+    vision = VisionPart(width=16, layers=1, heads=2, patch=patch, merge=merge)
+    part = PART.model_copy(update={"vision": vision})
+    policy = make_policy(part, image_size=SIZE, seed=0, device=torch.device("cpu"))
+    one = episode(policy, seed=0, outcome="success")
+    encoded: list[int] = []
+    encode = policy.encode_context
+
+    def counted(batch: DecisionBatch) -> torch.Tensor:
+        encoded.append(len(batch))
+        return encode(batch)
+
+    policy.encode_context = counted  # type: ignore[method-assign]
+    pool = DecisionPool(policy, start_reference=False, micro_batch=4)
+    pool.hold([one], update=0)
+    pool.hold([one], update=1)
+    assert encoded == [4, 2]
+    encoded.clear()
+    some = [4, 1]
+    decisions = [one.decisions[i] for i in some]
+    batch = policy.batch([d.observation for d in decisions], [d.sample.model_chunk for d in decisions])
+    torch.testing.assert_close(pool.score(pool.rows(one)[some]), policy.score(batch), rtol=0, atol=1e-5)
+    assert encoded == again
+    features = torch.cat([encode(batch).mean(dim=1), batch.proprio_BP], dim=1)
+    torch.testing.assert_close(pool.features(one)[some], features, rtol=0, atol=1e-5)
+    entry = pool._entries[one.trajectory_id]
+    kept = [entry.batch.agentview_BHWC, entry.batch.wrist_BHWC]
+    if entry.context is not None:
+        kept.append(entry.context)
+    images = 6 * 2 * SIZE * SIZE * 3
+    assert 0 < sum(tensor.untyped_storage().nbytes() for tensor in kept) <= images
+
+
+def test_a_step_refers_to_what_its_terms_look_at() -> None:
+    policy = new_policy()
+    (pair,) = pairs_of(policy, 1)
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
+    pool = DecisionPool(policy, start_reference=True, micro_batch=64)
+    pool.hold([pair.chosen, pair.rejected], update=0)
+    chosen, rejected = pool.rows(pair.chosen), pool.rows(pair.rejected)
+    sides = [Side(rows=rows, weights=torch.ones(len(rows))) for rows in (chosen, rejected)]
+    draw = Draw(pairs=[(sides[0], sides[1])], successes=chosen[:0], demos=chosen[:0])
+    anchored = PreferencePart(preference_weight=0, proximal_weight=0, anchor_weight=1)
+    assert refer(draw, pool, anchored)
+    assert "anchor_nll" in accumulate_gradients(draw, pool, anchored)
+    with pytest.raises(RuntimeError, match="call refer first"):
+        pool.reference(rejected)
+    assert refer(draw, pool, PreferencePart())
+    assert pool.reference(rejected).shape == (6, TOKENS)
+
+
+def test_what_is_recorded_or_computed_is_not_computed_again() -> None:
+    policy = new_policy()
+    one, demo = episode(policy, seed=0, outcome="success"), demonstration(seed=1)
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
+    scored: list[int] = []
+    score = policy.score
+
+    def counted(batch: DecisionBatch, *args: torch.Tensor, **noise: torch.Tensor) -> torch.Tensor:
+        scored.append(len(batch))
+        return score(batch, *args, **noise)
+
+    policy.score = counted  # type: ignore[method-assign]
+    pool = DecisionPool(policy, start_reference=False, micro_batch=64)
+    pool.hold([one, demo], update=0)
+    recorded, unknown = pool.rows(one), pool.rows(demo)
+    both = torch.cat([recorded, unknown])
+    assert pool.refer(unknown[:2], torch.zeros_like(unknown[:2]))
+    assert pool.refer(both, torch.zeros_like(both))
+    assert pool.refer(both, torch.zeros_like(both))
+    assert scored == [2, 4]
+    expected = torch.from_numpy(np.stack([d.sample.logps for d in one.decisions]))
+    assert torch.equal(pool.reference(recorded), expected)
+    with adapters.disabled(policy.module):
+        torch.testing.assert_close(pool.reference(unknown), pool.score(unknown), rtol=0, atol=1e-5)
 
 
 def test_the_reference_gets_no_gradient() -> None:
@@ -287,6 +383,19 @@ def test_a_destructive_update_trips_and_is_undone_to_the_bit(lr: float, beta: fl
     assert torch.equal(policy_2.score(batch).detach(), scores)
 
 
+def test_a_reference_that_is_not_finite_trips() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 2)
+    learner = new_learner(policy, PreferencePart(steps=3, reference="start"))
+    kept = learner.state()
+    with torch.no_grad():
+        policy.module.get_parameter("language_model.lm_head.weight")[-1, 0] = torch.nan
+    report = learner.update(pairs, (), ())
+    assert (report.stopped, report.steps) == ("tripped", 0)
+    assert report.reason == "reference log-prob is not finite"
+    assert same(learner.state(), kept)
+
+
 def test_the_last_step_is_judged_too() -> None:
     policy = new_policy()
     pairs = pairs_of(policy, 2)
@@ -338,7 +447,7 @@ def test_nothing_to_learn_from_changes_nothing_and_says_so() -> None:
     assert report.stopped == "skipped"
     assert report.steps == 0
     assert "no pairs and no successes" in report.reason
-    assert same(learner.state(), kept, but="")
+    assert same(learner.state(), kept, but=())
 
 
 def test_demonstrations_alone_are_learned_from_where_they_alone_have_a_weight() -> None:
@@ -363,7 +472,7 @@ def test_a_learner_continues_exactly_from_its_state() -> None:
     again = new_learner(new_policy(), part)
     again.load_state(saved)
     again.update(pairs, (), ())
-    assert same(again.state(), learner.state(), but="")
+    assert same(again.state(), learner.state(), but=())
     assert not same(again.state(), saved)
 
 
