@@ -21,7 +21,7 @@ from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
 
 OnStep = Callable[[int, dict[str, float]], None]
-_GENERATOR, _CALIBRATION = "generator", "calibration."
+_GENERATOR, _UPDATES, _CALIBRATION = "generator", "updates", "calibration."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ class PreferenceLearner:
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = adapters.parameters(policy.module)
         self._initial = self.adapter()
-        self._pool = DecisionPool(policy, start_reference=preference.reference == "start")
+        start = preference.reference == "start"
+        self._pool = DecisionPool(policy, start_reference=start, micro_batch=preference.micro_batch)
+        self._updates = 0  # each has noise of its own
         self._credit: dict[str, torch.Tensor] = {}
         self._calibration: dict[str, float] | None = None
         self.reset_optimizer()
@@ -95,7 +97,8 @@ class PreferenceLearner:
             return skipped("no pairs and no successes to learn from (or their weights are zero)")
         self._calibrate(demos or successes or [pair.chosen for pair in pairs])
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-        self._pool.hold([*sides, *successes, *demos])
+        self._pool.hold([*sides, *successes, *demos], update=self._updates)
+        self._updates += 1
         self._credit = self._credits([*sides, *successes]) if pairs and part.credit == "value" else {}
         before = self._remember()
         history: list[dict[str, float]] = []
@@ -133,13 +136,14 @@ class PreferenceLearner:
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=self._part.lr, weight_decay=0.0)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Adapter, optimizer moments, random generator and what a surrogate was calibrated to as named arrays, for a
-        checkpoint."""
+        """Adapter, optimizer moments, random generator, number of updates and what a surrogate was calibrated to as
+        named arrays, for a checkpoint."""
         arrays = {f"adapter.{name}": _array(parameter) for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
                 arrays[f"optimizer.{name}.{key}"] = _array(value)
         arrays[_GENERATOR] = self._generator.get_state().numpy().copy()
+        arrays[_UPDATES] = np.array(self._updates)
         for key, number in (self._calibration or {}).items():
             arrays[_CALIBRATION + key] = np.array(number)
         return arrays
@@ -169,26 +173,27 @@ class PreferenceLearner:
                         for key, value in moments.items()
                     }
         self._generator.set_state(torch.from_numpy(arrays[_GENERATOR].copy()))
+        self._updates = int(arrays[_UPDATES])
         said = {
             k.removeprefix(_CALIBRATION): v.item() for k, v in arrays.items() if k.startswith(_CALIBRATION)
         }
         if said:
             self._policy.take_calibration(said)
         self._calibration = said or None
-        self._pool.forget()  # its references may be of another calibration
 
     def _run(
         self, draws: Iterator[Draw], history: list[dict[str, float]], on_step: OnStep | None
     ) -> Trip | None:
-        tripwire = Tripwire(self._guard.chosen_drop)
+        tripwire, part = Tripwire(self._guard.chosen_drop), self._part
         parameters = list(self._parameters.values())
-        for step in range(1, self._part.steps + 1):
+        for step in range(1, part.steps + 1):
             draw = next(draws)
             self._optimizer.zero_grad(set_to_none=True)
-            refer(draw, self._pool)
+            if not refer(draw, self._pool, part):
+                return Trip(reason="reference log-prob is not finite", value=float("nan"))
             with self._forward():
-                metrics = accumulate_gradients(draw, self._pool, self._part)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._part.grad_clip).item()
+                metrics = accumulate_gradients(draw, self._pool, part)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, part.grad_clip).item()
             metrics["grad_norm"] = norm
             history.append(metrics)
             if on_step is not None:
@@ -198,7 +203,7 @@ class PreferenceLearner:
                 return trip
             self._optimizer.step()
         # The checks above precede each step; this one judges what the last step left behind.
-        return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool)))
+        return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool, part)))
 
     def _draws(
         self,
@@ -247,7 +252,7 @@ class PreferenceLearner:
         tasks = sorted({(t.cell.suite, t.cell.task_id) for t in distinct})
         features = []
         for t in distinct:
-            seen = self._pool.features(self._pool.rows(t))
+            seen = self._pool.features(t)
             which = torch.zeros(len(seen), len(tasks))
             which[:, tasks.index((t.cell.suite, t.cell.task_id))] = 1
             features.append(torch.cat([seen, which], dim=1))
@@ -259,8 +264,7 @@ class PreferenceLearner:
         return rows[torch.randperm(len(rows), generator=self._generator)[:count]]
 
     def _all_rows(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        rows = [self._pool.rows(t) for t in trajectories]
-        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        return torch.cat([torch.empty(0, dtype=torch.int64), *map(self._pool.rows, trajectories)])
 
     @contextmanager
     def _training(self) -> Iterator[None]:

@@ -239,6 +239,16 @@ def test_the_check_does_not_read_the_weights(
             ["policy.checkpoint=x", "policy.bins=256", "policy.dtype=bfloat16"],
             "supervised.steps=600 on policy.dtype=bfloat16",
         ),
+        (
+            [
+                "policy.checkpoint=x",
+                "policy.bins=256",
+                "policy.dtype=bfloat16",
+                "supervised.steps=0",
+                "adapter.dropout=0.1",
+            ],
+            "adapter.dropout=0.1 with adapter.method=dora on policy.dtype=bfloat16",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides: list[str], said: str) -> None:
