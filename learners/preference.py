@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from configs.schema import AdapterPart, GuardPart, PreferencePart
-from learners.credit import credits, decisive
 from learners.decisions import DecisionPool, stack
+from learners.draws import Draws
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last, skipped
-from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio, refer
+from learners.terms import Draw, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
 from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
@@ -67,7 +67,6 @@ class PreferenceLearner:
         start = preference.reference == "start"
         self._pool = DecisionPool(policy, start_reference=start, micro_batch=preference.micro_batch)
         self._updates = 0  # each has noise of its own
-        self._credit: dict[str, torch.Tensor] = {}
         self._calibration: dict[str, float] | None = None
         self.reset_optimizer()
 
@@ -99,11 +98,11 @@ class PreferenceLearner:
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
         self._pool.hold([*sides, *successes, *demos], update=self._updates)
         self._updates += 1
-        self._credit = self._credits([*sides, *successes]) if pairs and part.credit == "value" else {}
+        draws = Draws(self._pool, part, self._generator, pairs=pairs, successes=successes, demos=demos)
         before = self._remember()
         history: list[dict[str, float]] = []
         with self._training():
-            trip = self._run(self._draws(pairs, successes, demos), history, on_step)
+            trip = self._run(iter(draws), history, on_step)
         if trip is not None:
             self._put_back(before)
         return UpdateReport(
@@ -205,66 +204,11 @@ class PreferenceLearner:
         # The checks above precede each step; this one judges what the last step left behind.
         return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool, part)))
 
-    def _draws(
-        self,
-        pairs: Sequence[PreferencePair],
-        successes: Sequence[Trajectory],
-        demos: Sequence[Trajectory],
-    ) -> Iterator[Draw]:
-        """An endless sequence of draws; pairs come in shuffled order, each as often as any other."""
-        queue: list[int] = []
-        success_rows, demo_rows = self._all_rows(successes), self._all_rows(demos)
-        count = min(self._part.pairs_per_step, len(pairs))
-        while True:
-            if len(queue) < count:
-                queue += torch.randperm(len(pairs), generator=self._generator).tolist()
-            drawn, queue = [pairs[i] for i in queue[:count]], queue[count:]
-            yield Draw(
-                pairs=[(self._side(pair.chosen), self._side(pair.rejected)) for pair in drawn],
-                successes=self._some(success_rows, self._part.batch_size),
-                demos=self._some(demo_rows, self._part.batch_size),
-                noise=self._noise(),
-            )
-
     def _calibrate(self, trajectories: Sequence[Trajectory]) -> None:
         """Once, before the first step: put a surrogate's scores in nats by what the start makes of these."""
         if self._calibration is None:
             with adapters.disabled(self._policy.module):
                 self._calibration = self._policy.calibrate(stack(self._policy, t) for t in trajectories)
-
-    def _noise(self) -> int:
-        """One of the pool's draws of noise."""
-        draws = self._pool.noise_draws
-        return int(torch.randint(draws, (), generator=self._generator)) if draws > 1 else 0
-
-    def _side(self, trajectory: Trajectory) -> Side:
-        rows, most = self._pool.rows(trajectory), self._part.decisions_per_trajectory
-        if self._part.credit == "value":
-            credit = self._credit[trajectory.trajectory_id]
-            indices, weights = decisive(credit, success=trajectory.success, most=most)
-            return Side(rows=rows[indices], weights=weights)
-        drawn = self._some(rows, most)
-        return Side(rows=drawn, weights=torch.full((len(drawn),), len(rows) / len(drawn)))
-
-    def _credits(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
-        """Credit of every decision by trajectory id; initial states are the groups, whatever the task."""
-        distinct = list({t.trajectory_id: t for t in trajectories}.values())
-        tasks = sorted({(t.cell.suite, t.cell.task_id) for t in distinct})
-        features = []
-        for t in distinct:
-            seen = self._pool.features(t)
-            which = torch.zeros(len(seen), len(tasks))
-            which[:, tasks.index((t.cell.suite, t.cell.task_id))] = 1
-            features.append(torch.cat([seen, which], dim=1))
-        found = credits(features, [t.success for t in distinct], [t.cell.init_state for t in distinct])
-        return {t.trajectory_id: credit for t, credit in zip(distinct, found, strict=True)}
-
-    def _some(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """Up to `count` of the rows, without replacement."""
-        return rows[torch.randperm(len(rows), generator=self._generator)[:count]]
-
-    def _all_rows(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        return torch.cat([torch.empty(0, dtype=torch.int64), *map(self._pool.rows, trajectories)])
 
     @contextmanager
     def _training(self) -> Iterator[None]:
