@@ -52,6 +52,8 @@ class Sums(defaultdict[str, float]):
 
     def __init__(self) -> None:
         super().__init__(float)
+        self.margins: list[float] = []
+        """Of every pair."""
 
     def mean(self, name: str) -> float:
         return self[name] / self[f"{name}_count"]
@@ -67,7 +69,8 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
 
     Metrics: `loss` and its unweighted terms `preference_loss`, `proximal_loss` (at least 2 log 2), `anchor_nll`,
     `success_nll`, `demo_nll` (nats; per token the last three); `accuracy`, share of pairs whose chosen implicit reward
-    is the larger; `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`,
+    is the larger; `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `margin_std`, the margin's (sample)
+    standard deviation over the step's pairs, two at least: the spread of the logit that beta scales; `chosen_logratio`,
     `rejected_logratio`, means per token of log pi / pi_ref before any bound; `success_logratio`, the same over the
     successful decisions drawn; `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected
     decisions at the floor.
@@ -165,6 +168,7 @@ def _pair_gradients(
         sums.add("preference_loss", loss.losses)
         sums.add("chosen_reward", loss.chosen_rewards)
         sums.add("rejected_reward", loss.rejected_rewards)
+        sums.margins += (loss.chosen_rewards - loss.rejected_rewards).tolist()
         sums.add("accuracy", (loss.chosen_rewards > loss.rejected_rewards).float())
         sums.add("held", held.float())
     objective.backward()
@@ -213,6 +217,8 @@ def _metrics(sums: Sums, part: PreferencePart) -> dict[str, float]:
     metrics = {name: sums.mean(name) for name in names}
     if "chosen_reward" in metrics:
         metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
+    if len(sums.margins) > 1:
+        metrics["margin_std"] = torch.tensor(sums.margins, dtype=torch.float64).std().item()
     weights = {
         "preference_loss": part.preference_weight,
         "proximal_loss": part.proximal_weight,

@@ -181,7 +181,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     def recorded(trajectory: Trajectory) -> torch.Tensor:
         return torch.from_numpy(np.stack([d.sample.logps for d in trajectory.decisions]))
 
-    losses, proximal, anchors, held = [], [], [], []
+    losses, proximal, anchors, held, margins = [], [], [], [], []
     for pair, (_, side) in zip(pairs, sides, strict=True):
         chosen = score(pair.chosen)
         anchors.append(-chosen)
@@ -189,6 +189,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
         held.append(rejected < -0.02 * TOKENS)
         bounded = rejected.clamp(min=-0.02 * TOKENS)
         margin = (chosen - recorded(pair.chosen)).sum() - (side.weights * bounded).sum()
+        margins.append(0.05 * margin.item())
         losses.append(-torch.nn.functional.logsigmoid(0.05 * margin))
         sums = torch.stack([(chosen - recorded(pair.chosen)).sum(), (side.weights * rejected).sum()])
         both_ways = torch.nn.functional.logsigmoid(torch.stack([0.05 * sums, -0.05 * sums]))
@@ -204,9 +205,12 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     share = torch.cat(held).float().mean().item()
     assert 0 < share < 1
     assert metrics["held"] == pytest.approx(share)
+    assert metrics["margin"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert metrics["margin_std"] == pytest.approx(np.std(margins, ddof=1), abs=1e-4)
     assert metrics["loss"] == pytest.approx(whole.item(), abs=1e-4)
     for name, parameter in parameters.items():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert "margin_std" not in accumulate_gradients(replace(draw, pairs=sides[:1]), pool, part)
 
 
 @pytest.mark.parametrize(("patch", "merge", "again"), [(8, 2, []), (2, 1, [2])])
