@@ -40,6 +40,15 @@ def test_bytes_follow_from_the_recipe() -> None:
     assert ddvla["supervised"] == 16 * OPENVLA
     assert openvla["context"] == 256 * 4096 * 2
     assert pi05["context"] == 2 * 256 * 2048 * 2
+    # Images of 224 pixels, of one camera and of two, and the mean of the context beside 8 of proprioception.
+    assert openvla["kept"] == 224 * 224 * 3 + 4 * (4096 + 8)
+    assert pi05["kept"] == 2 * 224 * 224 * 3 + 4 * (2048 + 8)
+    # Three versions of ten tasks, ten states and four samples, and of a canary of 40, to 280 steps of libero_object.
+    assert openvla["decisions"] == 3 * 440 * 280
+    assert pi05["decisions"] == 3 * 440 * 104
+    assert ddvla["decisions"] == (3 * 440 + 100) * 35
+    assert openvla["held"] == openvla["decisions"] * (openvla["kept"] + 2 * 256 * 256 * 3)
+    assert max(row["held"] for row in ROWS.values()) < 256 * memory.GIB
     # LoRA of rank 32 on the seven linears of 32 Llama layers: attention 4096 to 4096, MLP 4096 to 11008.
     rank, width, mlp = 32, 4096, 11008
     factors = 32 * rank * (4 * 2 * width + 3 * (width + mlp))
