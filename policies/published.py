@@ -27,6 +27,8 @@ from policies.pi0.inputs import PublishedInputs
 from policies.pi0.network import Pi0Network
 from policies.protocol import Policy
 
+LIBERO_SIDE = 256
+"""Rows and columns at which the published policies' LIBERO data were rendered."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -112,17 +114,19 @@ def openvla_diffusion_policy(
     return DiffusionPolicy(network, inputs=inputs, part=part, mask_id=mask_id)
 
 
-def check_published(part: PolicyPart) -> int:
+def check_published(part: PolicyPart, *, image_size: int) -> int:
     """Look `part.checkpoint` through without reading its weights; returns their bytes in `part.dtype`.
 
     Raises PublishedError in one line for a folder, a file, a tensor, a tokenizer or statistics that are missing or do
-    not fit, quantised weights, an unknown unnorm_key, or a setting that contradicts the checkpoint.
+    not fit, quantised weights, an unknown unnorm_key, a setting that contradicts the checkpoint, or cameras of
+    `image_size` pixels a side, fewer than the checkpoint's own images have.
     """
     folder = _folder(part)
     try:
         network: torch.nn.Module
         if part.paradigm == "flow":
             config = _pi0(part).config
+            side = config.vision.image
             with torch.device("meta"):
                 network = Pi0Network(config)
         else:
@@ -132,7 +136,8 @@ def check_published(part: PolicyPart) -> int:
                 found.mask_id()
             else:
                 _one_action(part)
-            network = found.layout.empty()
+            side, network = found.image_size, found.layout.empty()
+        _large_enough(folder, side, image_size)
     except ValueError as error:
         raise PublishedError(f"policy.checkpoint: {error}") from error
     return sum(p.numel() for p in network.parameters()) * DTYPES[part.dtype].itemsize
@@ -167,6 +172,15 @@ def _one_action(part: PolicyPart) -> None:
     if part.chunk != 1:
         raise ValueError(
             f"policy.chunk is {part.chunk}; a published OpenVLA decides one action at a time: set policy.chunk=1"
+        )
+
+
+def _large_enough(folder: Path, side: int, image_size: int) -> None:
+    if image_size < side:
+        raise ValueError(
+            f"environment.image_size is {image_size}, the images of {folder} have {side} rows and columns, "
+            f"and it has seen no enlarged ones; set environment.image_size to {side} or more (published LIBERO data: "
+            f"{LIBERO_SIDE})"
         )
 
 

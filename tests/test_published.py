@@ -288,9 +288,11 @@ def test_statistics_may_lie_elsewhere(own: Callable[[str], PolicyPart], tmp_path
     part = own("pi05")
     (tmp_path / "folder" / "assets").rename(tmp_path / "elsewhere")
     with pytest.raises(PublishedError, match=r"folder has no norm_stats\.json"):
-        check_published(part)
+        check_published(part, image_size=64)
     part = part.model_copy(update={"norm_stats": str(tmp_path / "elsewhere" / "libero")})
-    assert check_published(part) == 4 * sum(p.numel() for p in pi0_network(adaptive=True).parameters())
+    assert check_published(part, image_size=64) == 4 * sum(
+        p.numel() for p in pi0_network(adaptive=True).parameters()
+    )
 
 
 def test_actors_are_told_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
