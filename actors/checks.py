@@ -23,7 +23,7 @@ def check_policy(recipe: Recipe) -> int:
     the recipe's sizes, for which no memory is taken.
     """
     if recipe.policy.checkpoint is not None:
-        return check_published(recipe.policy)
+        return check_published(recipe.policy, image_size=recipe.environment.image_size)
     try:
         with torch.device("meta"):
             make_policy(

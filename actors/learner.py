@@ -1,4 +1,4 @@
-"""Learner and preference-store actors: thin processes around the plain classes of `learners/` and `preferences/`."""
+"""The learner actor: a thin process around the plain classes of `learners/`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
 from policies.weights.snapshots import state_tensors
-from preferences.pairing import PairCounts
-from preferences.store import PreferenceStore
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
 
 PROGRESS_EVERY = 20
@@ -112,53 +110,4 @@ class Learner:
         return self._learner
 
 
-class Store:
-    """The preference store in a process of its own, so that trajectories never pass through the driver."""
-
-    def __init__(self, *, folder: str, preference: PreferencePart, seed: int) -> None:
-        self._store = PreferenceStore(folder)
-        self._part = preference
-        self._seed = seed
-
-    def register_version(self, version: int, content_hash: str) -> None:
-        self._store.register_version(version, content_hash)
-
-    def retire_version(self, version: int) -> None:
-        """A version was rolled back: its trajectories never pair."""
-        self._store.retire_version(version)
-
-    def add(self, trajectory: Trajectory) -> bool:
-        """Store durably; False when it was there already."""
-        return self._store.add(trajectory)
-
-    def mine(self, version: int) -> tuple[list[PreferencePair], list[Trajectory], PairCounts]:
-        """Pairs and successes no staler than the recipe allows, and the counts of what could not pair."""
-        mined = self._store.mine(
-            current_version=version,
-            max_staleness=self._part.max_staleness,
-            pairs_per_state=self._part.pairs_per_state,
-            seed=self._seed,
-        )
-        return list(mined.pairs), list(mined.successes), mined.counts
-
-
-class Monitor:
-    """Where long work in other processes says how far it is; the driver reads it."""
-
-    def __init__(self) -> None:
-        self._latest: tuple[str, int, int, dict[str, float]] = ("", 0, 1, {})
-        self._lines: list[dict[str, Any]] = []
-
-    def report(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        self._latest = (stage, done, total, metrics)
-        self._lines.append({"stage": stage, "step": done, **metrics})
-
-    def pop(self) -> tuple[tuple[str, int, int, dict[str, float]], list[dict[str, Any]]]:
-        """The latest progress, and every line since the last call."""
-        lines, self._lines = self._lines, []
-        return self._latest, lines
-
-
 LearnerActor = ray.remote(Learner)
-StoreActor = ray.remote(Store)
-MonitorActor = ray.remote(Monitor)

@@ -20,6 +20,7 @@ version in force while the learner works, so trajectories are at most one versio
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
 from trajectories.codec import load_trajectory, save_trajectory
-from trajectories.records import Trajectory
+from trajectories.records import Cell, Trajectory
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     crew = Crew()
     try:
         start = prepare(recipe, folder, crew, assets)
-        before = recorded_start(recipe, folder, start) or evaluate(recipe, folder, crew, start)
+        before = evaluate(recipe, folder, crew, start)
         match recipe.schedule:
             case "synchronous":
                 good = synchronous(recipe, folder, crew, start)
@@ -162,11 +163,14 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
 
 
 def collect(recipe: Recipe, folder: RunFolder, crew: Crew, good: Version, index: int) -> Outcomes:
-    """One round of rollouts with the version in force."""
-    return drive(
+    """One round of rollouts with the version in force; the start's first one may have been driven before."""
+    cells = training_cells(recipe.tasks, recipe.rollouts, index)
+    return recorded(
+        recipe, folder, crew, good, cells, phase="rollout", round_index=index, keep=True
+    ) or drive(
         crew,
         folder,
-        training_cells(recipe.tasks, recipe.rollouts, index),
+        cells,
         version=good.version,
         temperature=recipe.policy.temperature,
         phase="rollout",
@@ -200,9 +204,19 @@ def settle(
     )
 
 
-def recorded_start(recipe: Recipe, folder: RunFolder, start: Version) -> Outcomes | None:
-    """The evaluation of a start that was taken up, when its own run has driven this very manifest with these very
-    weights in the same way on the same stack; None otherwise."""
+def recorded(
+    recipe: Recipe,
+    folder: RunFolder,
+    crew: Crew,
+    version: Version,
+    cells: Sequence[Cell],
+    *,
+    phase: str,
+    round_index: int,
+    keep: bool,
+) -> Outcomes | None:
+    """These cells as the run whose start was taken up has driven them, when it did so with these very weights, in the
+    same way and on the same stack: to drive them again would give the same. None otherwise."""
     if recipe.start is None or differences(
         read_fingerprint(Path(recipe.start)), read_fingerprint(folder.path)
     ):
@@ -213,17 +227,30 @@ def recorded_start(recipe: Recipe, folder: RunFolder, start: Version) -> Outcome
         recipe.policy,
         recipe.evaluation.temperature,
     )
-    cells = held_out_cells(recipe.tasks, recipe.evaluation.sampling_seeds)
-    return take_recorded(folder, Path(recipe.start), cells, start.content_hash) if same else None
+    if not same:
+        return None
+    return take_recorded(
+        crew,
+        folder,
+        Path(recipe.start),
+        cells,
+        version=version,
+        phase=phase,
+        round_index=round_index,
+        keep=keep,
+    )
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, crew: Crew, version: Version) -> Outcomes:
     """Drive the held-out manifest with a version. Nothing of it is stored for training."""
     part = recipe.evaluation
-    return drive(
+    cells = held_out_cells(recipe.tasks, part.sampling_seeds)
+    return recorded(
+        recipe, folder, crew, version, cells, phase="evaluation", round_index=-1, keep=False
+    ) or drive(
         crew,
         folder,
-        held_out_cells(recipe.tasks, part.sampling_seeds),
+        cells,
         version=version.version,
         temperature=recipe.policy.temperature if part.temperature is None else part.temperature,
         phase="evaluation",

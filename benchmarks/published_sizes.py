@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from configs.policy import PolicyPart
 from policies.openvla.layout import OpenVLALayout, openvla_layout
+from policies.openvla.network import OpenVLA
 from policies.pi0.network import Pi0Network
 from policies.pi0.sizes import PI0, PI05
 
@@ -39,10 +41,30 @@ def published_network(part: PolicyPart) -> nn.Module:
         return Pi0Network(PI05 if part.flow.version == "pi0.5" else PI0)
 
 
-def context_numbers(network: nn.Module) -> int:
-    """Numbers that a kept context (the image tokens of one decision) has."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """What a network sees of one decision."""
+
+    tokens: int
+    """Image tokens of all cameras."""
+    width: int
+    """Numbers of a token."""
+    pixels: int
+    """Bytes of the images as they go into its towers, uint8."""
+
+
+def sight(network: nn.Module) -> Sight:
+    """Of a network that `published_network` made."""
     if isinstance(network, Pi0Network):
-        cameras = 2
-        return cameras * network.config.vision.tokens * network.config.vlm.width
-    model = network.get_submodule("language_model")
-    return network.get_submodule("vision_backbone").tokens * model.config.hidden_size  # type: ignore[operator,union-attr,return-value]
+        cameras, vision = 2, network.config.vision
+        return Sight(
+            tokens=cameras * vision.tokens,
+            width=network.config.vlm.width,
+            pixels=cameras * 3 * vision.image**2,
+        )
+    assert isinstance(network, OpenVLA)
+    return Sight(
+        tokens=network.cameras * network.vision_backbone.tokens,
+        width=network.language_model.config.hidden_size,
+        pixels=network.cameras * 3 * openvla_7b().towers[0].img_size ** 2,
+    )

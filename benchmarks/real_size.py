@@ -32,7 +32,7 @@ from policies.decoding.modules import ModuleDecoder
 from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
 from policies.openvla.actions import ActionStatistics, OpenVLAActions
-from policies.openvla.images import libero_view
+from policies.openvla.images import openvla_view
 from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.layout import OpenVLALayout
 from policies.pi0.inputs import PlainInputs
@@ -72,7 +72,7 @@ def openvla(layout: OpenVLALayout, device: torch.device, dtype: torch.dtype) -> 
         actions=OpenVLAActions(layout.actions, unit),
         chunk=1,
         image_size=size,
-        view=partial(libero_view, size=size),
+        view=partial(openvla_view, size=size),
     )
     return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
 

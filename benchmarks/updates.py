@@ -25,7 +25,7 @@ from actors.pipeline import evaluate
 from actors.placement import Crew, connect
 from actors.run_folder import RunFolder
 from actors.stages import Version, publish
-from benchmarks.learning import START, rows_of, write_table
+from benchmarks.learning import START, recipe_hash, rows_of, write_table
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets
@@ -159,15 +159,16 @@ def measure(run: Path, variants: list[str], file: Path, notes: Path) -> None:
     try:
         for name in missing:
             version: Version | None = None
+            changed = recipe if name == START else load_recipe(source, VARIANTS[name])
             if name == START:
                 this.drive_start()
-                started = rows_of(folder.path, START, seed, 0)
+                started = rows_of(folder.path, recipe, START, seed, 0)
             else:
-                report, version = this.learn(load_recipe(source, VARIANTS[name]))
+                report, version = this.learn(changed)
                 said.append({"arm": name, "training_seed": seed, "changes": VARIANTS[name], **report})
             # An update that the tripwire undid leaves the start in force.
-            mine = rows_of(folder.path, name, seed, version.version) if version else started
-            journal.extend([row | {"arm": name} for row in mine])
+            mine = rows_of(folder.path, changed, name, seed, version.version) if version else started
+            journal.extend([row | {"arm": name, "recipe": recipe_hash(changed)} for row in mine])
     finally:
         this.dismiss()
 

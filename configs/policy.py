@@ -61,8 +61,9 @@ class DiffusionPart(Part):
     choice_temperature: float | None = Field(
         None,
         ge=0,
-        description="scale of the noise on the order in which tokens are kept, beside their log-probability: large is "
-        "a random order; none: the sampling temperature",
+        description="scale of the noise on the order in which tokens are kept, beside their log-probability, whatever "
+        "the sampling temperature (0 alone, which is greedy, has no noise here either): large is a random order; none: "
+        "the sampling temperature",
     )
     score_draws: int = Field(4, ge=1, description="masks that a score averages over")
 

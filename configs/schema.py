@@ -242,6 +242,17 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapter_begins_at_the_base(self) -> Recipe:
+        adapter = self.adapter
+        if adapter.method == "dora" and adapter.dropout and self.policy.dtype == "bfloat16":
+            raise ValueError(
+                f"adapter.dropout={adapter.dropout} with adapter.method=dora on policy.dtype=bfloat16: peft's forward "
+                "pass, which dropout needs, rounds DoRA's row norms to bfloat16, and the policy would differ from its "
+                "base before the first step; set adapter.dropout=0, or adapter.method=lora"
+            )
+        return self
+
     @property
     def demonstrated(self) -> bool:
         """Whether anything learns from demonstrations: the supervised start, or a term of the preference loss."""

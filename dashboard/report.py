@@ -160,6 +160,7 @@ def _learning(run: Run) -> list[str]:
         ("pairs", "pairs", 0),
         ("steps", "steps", 0),
         ("margin", "margin", 2),
+        ("its deviation", "margin_std", 2),
         ("ranked right", "accuracy", 2),
         ("chosen log-ratio", "chosen_logratio", 3),
         ("log-ratio of successes", "success_logratio", 3),
@@ -170,8 +171,9 @@ def _learning(run: Run) -> list[str]:
         *lines,
         "",
         "A group is every episode from one initial state under one version; pairs are within a group. A round learns "
-        f"from all pairs of versions at most {lag} behind, the canary's episodes among them. Margin, share of pairs "
-        "ranked right and log-ratios (nats per token, to the reference policy) are means of the last steps.",
+        f"from all pairs of versions at most {lag} behind, the canary's episodes among them. Margin, its standard "
+        "deviation over a step's pairs, share of pairs ranked right and log-ratios (nats per token, to the reference "
+        "policy) are means of the last steps.",
     ]
 
 

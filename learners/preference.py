@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from configs.schema import AdapterPart, GuardPart, PreferencePart
-from learners.credit import credits, decisive
 from learners.decisions import DecisionPool, stack
+from learners.draws import Draws
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last, skipped
-from learners.terms import Draw, Side, accumulate_gradients, logratios, lowest_logratio, refer
+from learners.terms import Draw, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
 from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
 
 OnStep = Callable[[int, dict[str, float]], None]
-_GENERATOR, _CALIBRATION = "generator", "calibration."
+_GENERATOR, _UPDATES, _CALIBRATION = "generator", "updates", "calibration."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,9 @@ class PreferenceLearner:
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = adapters.parameters(policy.module)
         self._initial = self.adapter()
-        self._pool = DecisionPool(policy, start_reference=preference.reference == "start")
-        self._credit: dict[str, torch.Tensor] = {}
+        start = preference.reference == "start"
+        self._pool = DecisionPool(policy, start_reference=start, micro_batch=preference.micro_batch)
+        self._updates = 0  # each has noise of its own
         self._calibration: dict[str, float] | None = None
         self.reset_optimizer()
 
@@ -95,12 +96,13 @@ class PreferenceLearner:
             return skipped("no pairs and no successes to learn from (or their weights are zero)")
         self._calibrate(demos or successes or [pair.chosen for pair in pairs])
         sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-        self._pool.hold([*sides, *successes, *demos])
-        self._credit = self._credits([*sides, *successes]) if pairs and part.credit == "value" else {}
+        self._pool.hold([*sides, *successes, *demos], update=self._updates)
+        self._updates += 1
+        draws = Draws(self._pool, part, self._generator, pairs=pairs, successes=successes, demos=demos)
         before = self._remember()
         history: list[dict[str, float]] = []
         with self._training():
-            trip = self._run(self._draws(pairs, successes, demos), history, on_step)
+            trip = self._run(iter(draws), history, on_step)
         if trip is not None:
             self._put_back(before)
         return UpdateReport(
@@ -133,13 +135,14 @@ class PreferenceLearner:
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=self._part.lr, weight_decay=0.0)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Adapter, optimizer moments, random generator and what a surrogate was calibrated to as named arrays, for a
-        checkpoint."""
+        """Adapter, optimizer moments, random generator, number of updates and what a surrogate was calibrated to as
+        named arrays, for a checkpoint."""
         arrays = {f"adapter.{name}": _array(parameter) for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
                 arrays[f"optimizer.{name}.{key}"] = _array(value)
         arrays[_GENERATOR] = self._generator.get_state().numpy().copy()
+        arrays[_UPDATES] = np.array(self._updates)
         for key, number in (self._calibration or {}).items():
             arrays[_CALIBRATION + key] = np.array(number)
         return arrays
@@ -169,26 +172,27 @@ class PreferenceLearner:
                         for key, value in moments.items()
                     }
         self._generator.set_state(torch.from_numpy(arrays[_GENERATOR].copy()))
+        self._updates = int(arrays[_UPDATES])
         said = {
             k.removeprefix(_CALIBRATION): v.item() for k, v in arrays.items() if k.startswith(_CALIBRATION)
         }
         if said:
             self._policy.take_calibration(said)
         self._calibration = said or None
-        self._pool.forget()  # its references may be of another calibration
 
     def _run(
         self, draws: Iterator[Draw], history: list[dict[str, float]], on_step: OnStep | None
     ) -> Trip | None:
-        tripwire = Tripwire(self._guard.chosen_drop)
+        tripwire, part = Tripwire(self._guard.chosen_drop), self._part
         parameters = list(self._parameters.values())
-        for step in range(1, self._part.steps + 1):
+        for step in range(1, part.steps + 1):
             draw = next(draws)
             self._optimizer.zero_grad(set_to_none=True)
-            refer(draw, self._pool)
+            if not refer(draw, self._pool, part):
+                return Trip(reason="reference log-prob is not finite", value=float("nan"))
             with self._forward():
-                metrics = accumulate_gradients(draw, self._pool, self._part)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._part.grad_clip).item()
+                metrics = accumulate_gradients(draw, self._pool, part)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, part.grad_clip).item()
             metrics["grad_norm"] = norm
             history.append(metrics)
             if on_step is not None:
@@ -198,69 +202,13 @@ class PreferenceLearner:
                 return trip
             self._optimizer.step()
         # The checks above precede each step; this one judges what the last step left behind.
-        return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool)))
-
-    def _draws(
-        self,
-        pairs: Sequence[PreferencePair],
-        successes: Sequence[Trajectory],
-        demos: Sequence[Trajectory],
-    ) -> Iterator[Draw]:
-        """An endless sequence of draws; pairs come in shuffled order, each as often as any other."""
-        queue: list[int] = []
-        success_rows, demo_rows = self._all_rows(successes), self._all_rows(demos)
-        count = min(self._part.pairs_per_step, len(pairs))
-        while True:
-            if len(queue) < count:
-                queue += torch.randperm(len(pairs), generator=self._generator).tolist()
-            drawn, queue = [pairs[i] for i in queue[:count]], queue[count:]
-            yield Draw(
-                pairs=[(self._side(pair.chosen), self._side(pair.rejected)) for pair in drawn],
-                successes=self._some(success_rows, self._part.batch_size),
-                demos=self._some(demo_rows, self._part.batch_size),
-                noise=self._noise(),
-            )
+        return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool, part)))
 
     def _calibrate(self, trajectories: Sequence[Trajectory]) -> None:
         """Once, before the first step: put a surrogate's scores in nats by what the start makes of these."""
         if self._calibration is None:
             with adapters.disabled(self._policy.module):
                 self._calibration = self._policy.calibrate(stack(self._policy, t) for t in trajectories)
-
-    def _noise(self) -> int:
-        """One of the pool's draws of noise."""
-        draws = self._pool.noise_draws
-        return int(torch.randint(draws, (), generator=self._generator)) if draws > 1 else 0
-
-    def _side(self, trajectory: Trajectory) -> Side:
-        rows, most = self._pool.rows(trajectory), self._part.decisions_per_trajectory
-        if self._part.credit == "value":
-            credit = self._credit[trajectory.trajectory_id]
-            indices, weights = decisive(credit, success=trajectory.success, most=most)
-            return Side(rows=rows[indices], weights=weights)
-        drawn = self._some(rows, most)
-        return Side(rows=drawn, weights=torch.full((len(drawn),), len(rows) / len(drawn)))
-
-    def _credits(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
-        """Credit of every decision by trajectory id; initial states are the groups, whatever the task."""
-        distinct = list({t.trajectory_id: t for t in trajectories}.values())
-        tasks = sorted({(t.cell.suite, t.cell.task_id) for t in distinct})
-        features = []
-        for t in distinct:
-            seen = self._pool.features(self._pool.rows(t))
-            which = torch.zeros(len(seen), len(tasks))
-            which[:, tasks.index((t.cell.suite, t.cell.task_id))] = 1
-            features.append(torch.cat([seen, which], dim=1))
-        found = credits(features, [t.success for t in distinct], [t.cell.init_state for t in distinct])
-        return {t.trajectory_id: credit for t, credit in zip(distinct, found, strict=True)}
-
-    def _some(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """Up to `count` of the rows, without replacement."""
-        return rows[torch.randperm(len(rows), generator=self._generator)[:count]]
-
-    def _all_rows(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        rows = [self._pool.rows(t) for t in trajectories]
-        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
 
     @contextmanager
     def _training(self) -> Iterator[None]:

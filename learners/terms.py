@@ -15,10 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from configs.schema import PreferencePart
-from learners.decisions import SCORE_BATCH, DecisionPool
+from learners.decisions import DecisionPool
 from objectives import dpo
 
 
@@ -51,6 +52,8 @@ class Sums(defaultdict[str, float]):
 
     def __init__(self) -> None:
         super().__init__(float)
+        self.margins: list[float] = []
+        """Of every pair."""
 
     def mean(self, name: str) -> float:
         return self[name] / self[f"{name}_count"]
@@ -66,7 +69,8 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
 
     Metrics: `loss` and its unweighted terms `preference_loss`, `proximal_loss` (at least 2 log 2), `anchor_nll`,
     `success_nll`, `demo_nll` (nats; per token the last three); `accuracy`, share of pairs whose chosen implicit reward
-    is the larger; `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `chosen_logratio`,
+    is the larger; `chosen_reward`, `rejected_reward`, `margin`, means over pairs; `margin_std`, the margin's (sample)
+    standard deviation over the step's pairs, two at least: the spread of the logit that beta scales; `chosen_logratio`,
     `rejected_logratio`, means per token of log pi / pi_ref before any bound; `success_logratio`, the same over the
     successful decisions drawn; `kl`, minus the mean log-ratio over both sides' decisions; `held`, share of rejected
     decisions at the floor.
@@ -87,21 +91,22 @@ def accumulate_gradients(draw: Draw, pool: DecisionPool, part: PreferencePart) -
 
 def lowest_logratio(metrics: Mapping[str, float]) -> float:
     """What the tripwire watches: of the chosen decisions (with value credit the few decisive ones) and of the
-    successful ones (drawn from all), the lower mean log-ratio per token; 0 where neither was drawn."""
-    return min(
-        (metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics), default=0.0
-    )
+    successful ones (drawn from all), the lower mean log-ratio per token; NaN where one is, 0 where neither was
+    drawn."""
+    found = [metrics[name] for name in ("chosen_logratio", "success_logratio") if name in metrics]
+    # Python's min passes over a NaN that does not come first.
+    return float(np.min(found)) if found else 0.0
 
 
-def refer(draw: Draw, pool: DecisionPool) -> None:
-    """Have the pool compute every reference that the terms of a draw compare with."""
-    sides = [side for pair in draw.pairs for side in pair]
-    rows, noise = _looked_at(sides, draw, pool) if sides else (draw.successes[:0], draw.successes[:0])
+def refer(draw: Draw, pool: DecisionPool, part: PreferencePart) -> bool:
+    """Have the pool compute every reference that the terms of a draw compare with; whether all are finite."""
+    chosen, rejected = _sides(draw.pairs, part)
+    rows, noise = _looked_at([*chosen, *rejected], draw, pool)
     likely = pool.draws(len(draw.successes), draw.noise)
-    pool.refer(torch.cat([rows, draw.successes]), torch.cat([noise, likely]))
+    return pool.refer(torch.cat([rows, draw.successes]), torch.cat([noise, likely]))
 
 
-def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
+def logratios(draw: Draw, pool: DecisionPool, part: PreferencePart) -> dict[str, float]:
     """Mean log pi / pi_ref per token on the preferred decisions of a draw, by the metric's name, under the weights as
     they are."""
     wanted = {"success_logratio": (draw.successes, pool.draws(len(draw.successes), draw.noise))}
@@ -110,9 +115,9 @@ def logratios(draw: Draw, pool: DecisionPool) -> dict[str, float]:
     found = {}
     for name, (rows, noise) in wanted.items():
         if len(rows):
-            parts = zip(rows.split(SCORE_BATCH), noise.split(SCORE_BATCH), strict=True)
+            parts = zip(rows.split(part.micro_batch), noise.split(part.micro_batch), strict=True)
             with torch.no_grad():
-                ratios = [pool.score(*part) - pool.reference(*part) for part in parts]
+                ratios = [pool.score(*some) - pool.reference(*some) for some in parts]
             found[name] = torch.cat(ratios).mean().item()
     return found
 
@@ -135,9 +140,7 @@ def _groups(pairs: Sequence[tuple[Side, Side]], most: int) -> Iterator[list[tupl
 def _pair_gradients(
     group: Sequence[tuple[Side, Side]], draw: Draw, pool: DecisionPool, part: PreferencePart, sums: Sums
 ) -> None:
-    chosen_sides = [chosen for chosen, _ in group]
-    both = part.preference_weight or part.proximal_weight
-    rejected_sides = [rejected for _, rejected in group] if both else []
+    chosen_sides, rejected_sides = _sides(group, part)
     rows, noise = _looked_at([*chosen_sides, *rejected_sides], draw, pool)
     logps = pool.score(rows, noise)
     ratios = logps - pool.reference(rows, noise)
@@ -147,7 +150,7 @@ def _pair_gradients(
     objective = part.anchor_weight * anchor.sum() / tokens
     sums.add("anchor_nll", anchor)
     sums.add("chosen_logratio", ratios[:split])
-    if both:
+    if rejected_sides:
         chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
         sums.add("rejected_logratio", ratios[split:])
         sums.add("kl", -ratios)
@@ -165,6 +168,7 @@ def _pair_gradients(
         sums.add("preference_loss", loss.losses)
         sums.add("chosen_reward", loss.chosen_rewards)
         sums.add("rejected_reward", loss.rejected_rewards)
+        sums.margins += (loss.chosen_rewards - loss.rejected_rewards).tolist()
         sums.add("accuracy", (loss.chosen_rewards > loss.rejected_rewards).float())
         sums.add("held", held.float())
     objective.backward()
@@ -186,10 +190,17 @@ def _likelihood_gradients(
             sums.add("success_logratio", logps - pool.reference(rows, noise))
 
 
+def _sides(pairs: Sequence[tuple[Side, Side]], part: PreferencePart) -> tuple[list[Side], list[Side]]:
+    """The chosen sides of pairs, and the rejected ones where a term looks at them: an anchor alone does not."""
+    both = part.preference_weight or part.proximal_weight
+    return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs] if both else []
+
+
 def _looked_at(sides: Sequence[Side], draw: Draw, pool: DecisionPool) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the sides one after another, and their draws of noise: by rank in their side."""
+    none = torch.empty(0, dtype=torch.int64)
     noise = [pool.draws(len(side.rows), draw.noise) for side in sides]
-    return torch.cat([side.rows for side in sides]), torch.cat(noise)
+    return torch.cat([none, *(side.rows for side in sides)]), torch.cat([none, *noise])
 
 
 def _trajectory_sums(log_ratios: torch.Tensor, sides: Sequence[Side]) -> torch.Tensor:
@@ -206,6 +217,8 @@ def _metrics(sums: Sums, part: PreferencePart) -> dict[str, float]:
     metrics = {name: sums.mean(name) for name in names}
     if "chosen_reward" in metrics:
         metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
+    if len(sums.margins) > 1:
+        metrics["margin_std"] = torch.tensor(sums.margins, dtype=torch.float64).std().item()
     weights = {
         "preference_loss": part.preference_weight,
         "proximal_loss": part.proximal_weight,

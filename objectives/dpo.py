@@ -43,7 +43,8 @@ def sigmoid_loss(
     """DPO, Eq. 7: -log sigma(beta h), h = chosen minus rejected log(pi / pi_ref), each summed over tokens.
 
     Log-ratios are float [P]. With label smoothing e in [0, 0.5) this is conservative DPO,
-    -(1 - e) log sigma(beta h) - e log sigma(-beta h), e being the assumed share of flipped labels.
+    -(1 - e) log sigma(beta h) - e log sigma(-beta h), e being the assumed share of flipped labels: no recipe sets it,
+    it is here to be compared with recorded numbers (`policies.parity`).
     """
     logits = beta * (chosen_log_ratios - rejected_log_ratios)
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
@@ -60,7 +61,8 @@ def robust_loss(
     """Robust DPO: (-(1 - e) log sigma(beta h) + e log sigma(-beta h)) / (1 - 2 e), e in [0, 0.5) the share of
     flipped labels. Over those flips its mean is the DPO loss of the true labels, so single losses can be negative.
 
-    Log-ratios are float [P]. Raises ValueError for e outside [0, 0.5), where no such estimate exists.
+    Log-ratios are float [P]. Raises ValueError for e outside [0, 0.5), where no such estimate exists. No recipe trains
+    with it: it is here to be compared with recorded numbers (`policies.parity`).
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must lie in [0, 0.5) for robust DPO, got {label_smoothing}")

@@ -93,7 +93,8 @@ def flow_losses(
     """Mean squared error of the velocity against u = eps - a over each chunk's valid elements, float [B, S].
 
     `valid_BKA` bool leaves out padded dimensions and actions that were never executed. The mean over S is the chunk's
-    score ell. Raises ValueError naming a chunk without valid elements.
+    score ell. Raises ValueError naming a chunk without valid elements. By chunk, as published, and not trained with:
+    it is here to be compared with recorded numbers (`policies.parity`); `policies.flow` scores by element.
     """
     counts = valid_BKA.sum(dim=(-2, -1))
     if not bool(counts.all()):
@@ -108,5 +109,6 @@ def log_ratios(policy_losses: torch.Tensor, reference_losses: torch.Tensor) -> t
     Both sides must be of the same draws. With beta in front it is the implicit reward r of Flow-DPO, so
     `objectives.dpo.sigmoid_loss` of it is Flow-DPO, -log sigma(-(beta / 2) ((ell_w - ref_w) - (ell_l - ref_l))), with
     a constant beta. On means over elements beta is of the order of 100 to 5000, not the 0.1 of summed log-probs.
+    As `flow_losses`, it is here to be compared with recorded numbers and not trained with.
     """
     return (reference_losses - policy_losses) / 2

@@ -2,7 +2,8 @@
 
 Liu et al. 2025, arXiv 2505.05470 (Flow-GRPO: the sampler's ODE as an SDE with the same marginals). pi-RL, arXiv
 2510.25889 (the same step for pi-0 and pi-0.5). Sigma is the time of the flow: 1 is noise, 0 is data, and a velocity
-is noise minus data.
+is noise minus data. No policy samples this way and no recipe trains with it: it is here to be compared with recorded
+numbers (`policies.parity`).
 
 Letters: B samples, K denoising steps; the other axes of a sample are free (`...`).
 """

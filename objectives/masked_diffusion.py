@@ -135,9 +135,9 @@ def parallel_decode(
     1 - r; otherwise they stay. Tokens given at the start always stay, `mask_id` itself is never drawn, and no row
     depends on another. `noise` is of the iterations from `start` on. Raises ValueError for a row with nothing to fill.
 
-    `as_released` is Discrete Diffusion VLA's own decoder to the letter: `mask_id` is drawn like any token of the
-    vocabulary, given tokens compete too under `use_remask`, a lone hidden token is drawn anew in every iteration, and
-    tokens that tie with the least confident one that stays are all kept.
+    `start` and `as_released` are here to be compared with recorded numbers alone (`policies.parity`); the latter is
+    Discrete Diffusion VLA's decoder to the letter: `mask_id` is drawn like any token, given tokens compete too under
+    `use_remask`, a lone hidden one is drawn anew each time, and ties with the least confident that stays are all kept.
     """
     given_BL = tokens_BL != mask_id
     unknown_B = (~given_BL).sum(dim=-1)

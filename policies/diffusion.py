@@ -69,9 +69,10 @@ class DiffusionPolicy:
         self, observations: Sequence[Observation], *, seeds: Sequence[int], temperature: float
     ) -> list[ActionSample]:
         """Unmask one chunk per observation, see `objectives.masked_diffusion.parallel_decode`; `temperature` scales the
-        noise on tokens and, unless the recipe says otherwise, on the order they are kept in."""
+        noise on tokens and, unless `choice_temperature` sets that, on the order they are kept in. At 0 there is no
+        noise on either, whatever `choice_temperature` is: every seed gives the same chunk."""
         check_requests(observations, seeds, temperature)
-        choice = self._part.choice_temperature
+        choice = self._part.choice_temperature if temperature else None
         seen = self._inputs.stack(observations, self.network)
         cache = self._prefix(seen, self.network.encode_images(seen.agentview_BHWC, seen.wrist_BHWC))
         bins = self._actions.bins

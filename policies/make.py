@@ -26,8 +26,8 @@ def make_policy(
     part: PolicyPart, *, image_size: int, seed: int, device: torch.device, filled: bool = True
 ) -> Policy:
     """The policy of `part.checkpoint`, or one with random weights fixed by `seed` (torch's own generator is left as it
-    was). With a checkpoint `image_size`, of LIBERO's cameras, may be any; not `filled`, its weights are not read, for a
-    snapshot will fill them.
+    was). With a checkpoint `image_size`, of LIBERO's cameras, may be any (`check_published` refuses small ones); not
+    `filled`, its weights are not read, for a snapshot will fill them.
 
     Raises ValueError naming the setting when sizes do not fit together, and PublishedError for a checkpoint that does
     not do.

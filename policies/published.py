@@ -20,13 +20,15 @@ from policies.decoding.modules import ModuleDecoder
 from policies.diffusion import DiffusionPolicy
 from policies.flow import FlowPolicy
 from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
-from policies.openvla.images import libero_view
+from policies.openvla.images import openvla_view
 from policies.openvla.inputs import OpenVLAInputs
 from policies.pi0.folder import Pi0Folder, open_pi0
 from policies.pi0.inputs import PublishedInputs
 from policies.pi0.network import Pi0Network
 from policies.protocol import Policy
 
+LIBERO_SIDE = 256
+"""Rows and columns at which the published policies' LIBERO data were rendered."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,7 +76,6 @@ def openvla_policy(
     folder: str | Path,
     *,
     unnorm_key: str | None = None,
-    crop: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     filled: bool = True,
@@ -82,12 +83,12 @@ def openvla_policy(
     """The policy of a checkpoint folder: one action at a time, from the agentview alone.
 
     `unnorm_key` names the data set whose statistics scale the actions, and may be left out where there is one alone;
-    `crop`: see `libero_view`; `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
+    `filled`: see `OpenVLAFolder.network`. Tokens are drawn from the action tokens alone;
     OpenVLA's own argmax is over the whole vocabulary (`greedy_over_vocabulary`), and the two agree whenever that finds
     an action token. Raises ValueError as `open_openvla` and `OpenVLAFolder.network` do.
     """
     found = open_openvla(folder)
-    inputs = _openvla_inputs(found, unnorm_key, chunk=1, crop=crop)
+    inputs = _openvla_inputs(found, unnorm_key, chunk=1)
     network = found.network(device=device, dtype=dtype, filled=filled)
     return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
 
@@ -113,17 +114,19 @@ def openvla_diffusion_policy(
     return DiffusionPolicy(network, inputs=inputs, part=part, mask_id=mask_id)
 
 
-def check_published(part: PolicyPart) -> int:
+def check_published(part: PolicyPart, *, image_size: int) -> int:
     """Look `part.checkpoint` through without reading its weights; returns their bytes in `part.dtype`.
 
     Raises PublishedError in one line for a folder, a file, a tensor, a tokenizer or statistics that are missing or do
-    not fit, quantised weights, an unknown unnorm_key, or a setting that contradicts the checkpoint.
+    not fit, quantised weights, an unknown unnorm_key, a setting that contradicts the checkpoint, or cameras of
+    `image_size` pixels a side, fewer than the checkpoint's own images have.
     """
     folder = _folder(part)
     try:
         network: torch.nn.Module
         if part.paradigm == "flow":
             config = _pi0(part).config
+            side = config.vision.image
             with torch.device("meta"):
                 network = Pi0Network(config)
         else:
@@ -133,7 +136,8 @@ def check_published(part: PolicyPart) -> int:
                 found.mask_id()
             else:
                 _one_action(part)
-            network = found.layout.empty()
+            side, network = found.image_size, found.layout.empty()
+        _large_enough(folder, side, image_size)
     except ValueError as error:
         raise PublishedError(f"policy.checkpoint: {error}") from error
     return sum(p.numel() for p in network.parameters()) * DTYPES[part.dtype].itemsize
@@ -153,16 +157,14 @@ def _folder(part: PolicyPart) -> Path:
     return Path(part.checkpoint)
 
 
-def _openvla_inputs(
-    found: OpenVLAFolder, unnorm_key: str | None, *, chunk: int, crop: bool = True
-) -> OpenVLAInputs:
+def _openvla_inputs(found: OpenVLAFolder, unnorm_key: str | None, *, chunk: int) -> OpenVLAInputs:
     side = found.image_size
     return OpenVLAInputs(
         prompts=found.prompts,
         actions=found.actions(unnorm_key),
         chunk=chunk,
         image_size=side,
-        view=partial(libero_view, size=side, crop=crop),
+        view=partial(openvla_view, size=side),
     )
 
 
@@ -170,6 +172,15 @@ def _one_action(part: PolicyPart) -> None:
     if part.chunk != 1:
         raise ValueError(
             f"policy.chunk is {part.chunk}; a published OpenVLA decides one action at a time: set policy.chunk=1"
+        )
+
+
+def _large_enough(folder: Path, side: int, image_size: int) -> None:
+    if image_size < side:
+        raise ValueError(
+            f"environment.image_size is {image_size}, the images of {folder} have {side} rows and columns, "
+            f"and it has seen no enlarged ones; set environment.image_size to {side} or more (published LIBERO data: "
+            f"{LIBERO_SIDE})"
         )
 
 

@@ -19,7 +19,8 @@ from actors.pipeline import train
 from configs.loader import load_recipe
 from configs.policy import PolicyPart
 from configs.schema import Recipe
-from policies.openvla.checkpoint import OpenVLACheckpoint, load_openvla
+from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
+from policies.openvla.network import OpenVLA
 from tests import openvla_tiny, published_tiny
 
 TINY = Path(__file__).parent / "recipes" / "one_task.yaml"
@@ -50,9 +51,15 @@ def openvla_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def openvla_checkpoint(openvla_folder: Path) -> OpenVLACheckpoint:
-    """The same in memory; to be read, not changed."""
-    return load_openvla(openvla_folder)
+def openvla_checkpoint(openvla_folder: Path) -> OpenVLAFolder:
+    """The same, looked through."""
+    return open_openvla(openvla_folder)
+
+
+@pytest.fixture(scope="session")
+def openvla_network(openvla_checkpoint: OpenVLAFolder) -> OpenVLA:
+    """Its network; to be read, not changed."""
+    return openvla_checkpoint.network()
 
 
 @pytest.fixture(scope="session")

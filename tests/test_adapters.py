@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.schema import AdapterPart
 from policies.weights import adapters, merging
+from policies.weights.snapshots import state_tensors, to_array
 from trajectories.records import AdapterWeights
 
 SHARED = Path(os.environ.get("PAIRLOOM_SHARED", Path(__file__).parents[1].parent / "shared"))
@@ -68,6 +69,22 @@ def test_a_new_adapter_changes_nothing_and_trains_only_itself(method: str) -> No
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(names) == 14 * (3 if method == "dora" else 2)
     assert all("lora_" in name for name in names)
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_adapter_merges_to_the_very_bits_of_its_base(method: str, dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    base = state_tensors(model)
+    adapters.attach(model, AdapterPart(method=method, rank=4, alpha=8), seed=0, decoders=["model"])
+    merged = merging.merge(base, adapters.extract(model, base_hash=""))
+    layers = dict(adapters.adapted_layers(model))
+    assert len(layers) == 14
+    with adapters.merged_forward(model):
+        forward = {name: to_array(layer.get_base_layer().weight) for name, layer in layers.items()}
+    for name in layers:
+        np.testing.assert_array_equal(merged[f"{name}.weight"], base[f"{name}.weight"], err_msg=name)
+        np.testing.assert_array_equal(forward[name], base[f"{name}.weight"], err_msg=name)
 
 
 def test_the_seed_fixes_the_adapter_and_leaves_the_global_generator_alone() -> None:

@@ -101,9 +101,11 @@ def test_every_rollout_is_stored_once_with_the_weights_that_drove_it(trained_run
     [({}, "tripped"), ({"chosen_drop": 1e9, "canary_significance": 0.2}, "rolled_back")],
 )
 def test_a_destructive_update_never_reaches_the_fleet(
-    tiny: Recipe, tmp_path: Path, guard: dict[str, float], expected: str
+    tiny: Recipe, trained_run: Path, tmp_path: Path, guard: dict[str, float], expected: str
 ) -> None:
-    """Learning rate and beta far too high: the tripwire stops it; with the tripwire out of reach, the canary does."""
+    """Learning rate and beta far too high: the tripwire stops it; with the tripwire out of reach, the canary does.
+
+    What the start's own run has driven with it, evaluation and first round, is taken up and not driven again."""
     reckless = yaml.safe_load((ROOT / "configs" / "destructive.yaml").read_text())["preference"]
     recipe = changed(tiny, preference=reckless, guard=guard).model_copy(
         update={"name": expected, "root": str(tmp_path)}
@@ -114,12 +116,18 @@ def test_a_destructive_update_never_reaches_the_fleet(
     assert kinds == [expected]
     assert {e["policy_version"] for e in episodes(run, "evaluation")} == {0}
     assert result["success_after"] == result["success_before"]
+    taken = {e["trajectory_id"] for e in episodes(trained_run, "rollout")}
+    assert {e["trajectory_id"] for e in episodes(run, "rollout")} == taken
+    assert taken <= {path.stem for path in (run / "trajectories").glob("*.trajectory")}
     told = {"tripped": "stopped by the tripwire", "rolled_back": "rolled back"}[expected]
     assert told in (run / "report.md").read_text()
 
 
 def test_killed_actors_cost_no_trajectory(tiny: Recipe, tmp_path: Path) -> None:
-    recipe = tiny.model_copy(update={"name": "killed", "root": str(tmp_path)})
+    # Other states than the start's own run has driven, which would not be driven again.
+    recipe = changed(tiny, tasks={"train_init_states": tuple(range(4, 10))}).model_copy(
+        update={"name": "killed", "root": str(tmp_path)}
+    )
     run = tmp_path / "killed"
     killed: list[str] = []
 
@@ -141,7 +149,7 @@ def test_killed_actors_cost_no_trajectory(tiny: Recipe, tmp_path: Path) -> None:
     assert killed == ["ray::Rollouts", "ray::PolicyServer"]
     rollouts = episodes(run, "rollout")
     assert Counter(map(cell_of, rollouts)) == {
-        (0, state, 1000 + sample): 1 for state in range(4) for sample in range(4)
+        (0, state, 1000 + sample): 1 for state in range(4, 8) for sample in range(4)
     }
     stored = {path.stem for path in (run / "trajectories").glob("*.trajectory")}
     assert stored == {e["trajectory_id"] for e in rollouts + episodes(run, "canary")}

@@ -18,7 +18,7 @@ from policies.decoding.engine import decode
 from policies.decoding.modules import ModuleDecoder
 from policies.decoding.packed import PackedDecoder
 from policies.openvla.actions import action_statistics
-from policies.openvla.checkpoint import OpenVLACheckpoint
+from policies.openvla.checkpoint import OpenVLAFolder
 from policies.openvla.layout import DINOV2, SIGLIP, openvla_layout
 from policies.openvla.network import OpenVLA, llama
 from policies.openvla.towers import TimmBackbone, TimmTower
@@ -106,8 +106,8 @@ def test_published_sizes_make_the_published_network() -> None:
     assert not any("proprio" in name for name in shapes)
 
 
-def test_each_tower_normalises_pixels_its_own_way(openvla_checkpoint: OpenVLACheckpoint) -> None:
-    backbone = openvla_checkpoint.network.vision_backbone
+def test_each_tower_normalises_pixels_its_own_way(openvla_network: OpenVLA) -> None:
+    backbone = openvla_network.vision_backbone
     assert isinstance(backbone, TimmBackbone)
     dinov2, siglip = backbone.towers
     image = torch.tensor([0, 128, 255], dtype=torch.uint8).expand(1, 1, 1, 3)
@@ -117,8 +117,8 @@ def test_each_tower_normalises_pixels_its_own_way(openvla_checkpoint: OpenVLAChe
 
 
 @torch.no_grad()
-def test_channels_and_features_lie_tower_by_tower(openvla_checkpoint: OpenVLACheckpoint) -> None:
-    backbone = openvla_checkpoint.network.vision_backbone
+def test_channels_and_features_lie_tower_by_tower(openvla_network: OpenVLA) -> None:
+    backbone = openvla_network.vision_backbone
     assert isinstance(backbone, TimmBackbone)
     pixels = torch.randn(2, 6, tiny.SIDE, tiny.SIDE, generator=torch.Generator().manual_seed(0))
     fused = backbone.patches(pixels)
@@ -215,9 +215,11 @@ def test_a_network_reads_what_it_was_built_to_read(cameras: Any, proprioception:
 
 
 @torch.no_grad()
-def test_decoding_by_modules_is_one_forward_per_token(openvla_checkpoint: OpenVLACheckpoint) -> None:
+def test_decoding_by_modules_is_one_forward_per_token(
+    openvla_checkpoint: OpenVLAFolder, openvla_network: OpenVLA
+) -> None:
     """Over the whole vocabulary, ragged prompts included: each id is the argmax of a forward over all before it."""
-    network = openvla_checkpoint.network
+    network = openvla_network
     prompt, mask = (
         torch.from_numpy(a)
         for a in openvla_checkpoint.prompts.stack([o.instruction for o in tiny.observations(3)])
@@ -240,8 +242,10 @@ def test_decoding_by_modules_is_one_forward_per_token(openvla_checkpoint: OpenVL
 
 
 @torch.no_grad()
-def test_both_decoders_agree_on_the_action_tokens(openvla_checkpoint: OpenVLACheckpoint) -> None:
-    network = openvla_checkpoint.network
+def test_both_decoders_agree_on_the_action_tokens(
+    openvla_checkpoint: OpenVLAFolder, openvla_network: OpenVLA
+) -> None:
+    network = openvla_network
     prompt, mask = (
         torch.from_numpy(a)
         for a in openvla_checkpoint.prompts.stack([o.instruction for o in tiny.observations(3)])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policies.openvla.actions import action_statistics
-from policies.openvla.checkpoint import OpenVLACheckpoint, load_openvla
+from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
 from policies.openvla.layout import openvla_layout
 from policies.openvla.towers import TimmBackbone
 from policies.published import openvla_policy
@@ -24,26 +24,29 @@ from tests import openvla_tiny as tiny
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_checkpoint_is_read_whole(tmp_path: Path, shards: int) -> None:
     tensors = tiny.random_tensors(seed=5)
-    loaded = load_openvla(tiny.write_checkpoint(tmp_path, tensors=tensors, shards=shards))
-    state = loaded.network.state_dict()
+    found = open_openvla(tiny.write_checkpoint(tmp_path, tensors=tensors, shards=shards))
+    network = found.network()
+    state = network.state_dict()
     assert set(state) == set(tensors)
     for name, tensor in tensors.items():
         assert torch.equal(state[name], tensor), name
-    assert (loaded.tokens.first_id, loaded.tokens.stop_id, loaded.image_size) == (31744, 32000, 28)
-    assert not loaded.network.training
-    frequencies = loaded.network.language_model.model.rotary_emb.inv_freq
+    actions = found.layout.actions
+    assert (actions.first_id, actions.stop_id, found.image_size) == (31744, 32000, 28)
+    assert not network.training
+    frequencies = network.language_model.model.rotary_emb.inv_freq
     assert frequencies.tolist() == pytest.approx([10000 ** (-i / 4) for i in range(4)])
 
 
 def test_weights_keep_their_dtype_unless_another_is_asked_for(tmp_path: Path) -> None:
     tensors = {name: tensor.bfloat16() for name, tensor in tiny.random_tensors().items()}
     tiny.write_checkpoint(tmp_path, tensors=tensors)
-    kept, widened = load_openvla(tmp_path), load_openvla(tmp_path, dtype=torch.float32)
-    for loaded, dtype in ((kept, torch.bfloat16), (widened, torch.float32)):
-        assert {parameter.dtype for parameter in loaded.network.parameters()} == {dtype}
-        assert loaded.network.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    found = open_openvla(tmp_path)
+    kept, widened = found.network(), found.network(dtype=torch.float32)
+    for network, dtype in ((kept, torch.bfloat16), (widened, torch.float32)):
+        assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+        assert network.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     name = "projector.fc2.weight"
-    assert torch.equal(widened.network.state_dict()[name], tensors[name].float())
+    assert torch.equal(widened.state_dict()[name], tensors[name].float())
     sample = openvla_policy(tmp_path, unnorm_key=tiny.KEY).act(
         tiny.observations(1), seeds=[0], temperature=0
     )[0]
@@ -56,10 +59,10 @@ def test_a_fine_tuned_checkpoints_own_statistics_and_pixels_come_first(tmp_path:
     (tmp_path / "dataset_statistics.json").write_text(json.dumps(own))
     pixels = {"means": [[0.484375, 0.455078125, 0.40625], [0.5] * 3], "stds": [[0.25] * 3, [0.5] * 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
-    loaded = load_openvla(tmp_path)
-    assert list(loaded.norm_stats) == ["libero_spatial"]
-    assert loaded.statistics().mask.tolist() == [True] * 7
-    backbone = loaded.network.vision_backbone
+    found = open_openvla(tmp_path)
+    assert list(found.norm_stats) == ["libero_spatial"]
+    assert found.statistics().mask.tolist() == [True] * 7
+    backbone = found.network().vision_backbone
     assert isinstance(backbone, TimmBackbone)
     assert backbone.towers[0].sizes.mean == (0.484375, 0.455078125, 0.40625)
     assert backbone.towers[0].sizes.std == (0.25, 0.25, 0.25)
@@ -67,7 +70,7 @@ def test_a_fine_tuned_checkpoints_own_statistics_and_pixels_come_first(tmp_path:
     with pytest.raises(
         ValueError, match=r"stds is \[\[0\.25, 0\.25, 0\.25\]\], expected three numbers for each of 2"
     ):
-        load_openvla(tmp_path)
+        open_openvla(tmp_path)
 
 
 def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
@@ -103,7 +106,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, fault: str, message: 
             tensors["projector.fc1.bias"] = torch.zeros(160, dtype=torch.int8)
     tiny.write_checkpoint(tmp_path, tensors=tensors)
     with pytest.raises(ValueError, match=message) as error:
-        load_openvla(tmp_path)
+        open_openvla(tmp_path)
     assert str(tmp_path) in one_line(error)
 
 
@@ -167,7 +170,7 @@ def test_folders_that_are_no_checkpoint_are_refused(
     shutil.copytree(openvla_folder, broken)
     break_it(broken)
     with pytest.raises(ValueError, match=message) as error:
-        load_openvla(broken)
+        open_openvla(broken)
     assert str(broken) in one_line(error)
 
 
@@ -218,7 +221,7 @@ def test_settings_that_are_not_openvlas_are_named(
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as error:
-        load_openvla(tmp_path)
+        open_openvla(tmp_path)
     assert str(tmp_path) in one_line(error)
 
 
@@ -231,7 +234,7 @@ def test_an_unknown_argument_of_a_tower_is_named() -> None:
 # Statistics
 
 
-def test_statistics_are_found_by_key(openvla_checkpoint: OpenVLACheckpoint) -> None:
+def test_statistics_are_found_by_key(openvla_checkpoint: OpenVLAFolder) -> None:
     assert openvla_checkpoint.statistics(tiny.KEY).q99[0] == 0.6
     assert openvla_checkpoint.statistics("bridge_orig").mask.all()
     with pytest.raises(
@@ -267,7 +270,7 @@ def test_incomplete_statistics_are_refused(stats: Any, message: str) -> None:
 # Prompts
 
 
-def test_prompts_begin_with_bos_and_end_with_the_lone_space(openvla_checkpoint: OpenVLACheckpoint) -> None:
+def test_prompts_begin_with_bos_and_end_with_the_lone_space(openvla_checkpoint: OpenVLAFolder) -> None:
     ids, mask = openvla_checkpoint.prompts.stack(
         ["Pick up the milk", "open the middle drawer of the cabinet"]
     )

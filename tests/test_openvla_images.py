@@ -7,16 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from policies.openvla.images import crop_centre, jpeg_round_trip, libero_view, resize_lanczos
+from policies.openvla.images import crop_centre, jpeg_round_trip, openvla_view, resize_lanczos
 
 
 def test_an_upright_image_is_mirrored_which_turns_the_simulators_by_180_degrees() -> None:
     upright = np.zeros((64, 64, 3), np.uint8)
     upright[:16, :16] = 255
     simulators = upright[::-1]
-    seen = libero_view(upright, size=64, crop=False)
+    seen = openvla_view(upright, size=64)
     assert seen.shape == (64, 64, 3)
-    assert np.abs(seen.astype(int) - simulators[::-1, ::-1]).mean() < 1
+    turned = np.ascontiguousarray(simulators[::-1, ::-1])
+    assert np.abs(seen.astype(int) - crop_centre(turned, 0.9)).mean() < 1
     assert seen[4, 60].min() > 250
     assert seen[4, 4].max() < 5
 
@@ -70,11 +71,11 @@ def test_the_centre_crop_keeps_nine_tenths_of_the_area() -> None:
     np.testing.assert_array_equal(crop_centre(whole, 1.0), whole)
 
 
-def test_a_view_is_cropped_unless_told_otherwise() -> None:
+def test_a_view_is_stored_resized_and_cropped() -> None:
     upright = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    plain = libero_view(upright, size=56, crop=False)
-    np.testing.assert_array_equal(libero_view(upright, size=56), crop_centre(plain, 0.9))
+    plain = resize_lanczos(jpeg_round_trip(upright[:, ::-1]), 56)
+    np.testing.assert_array_equal(openvla_view(upright, size=56), crop_centre(plain, 0.9))
     with pytest.raises(
         ValueError, match=re.escape("an image is uint8 [64, 64], expected uint8 [rows, columns, 3]")
     ):
-        libero_view(upright[..., 0], size=56)
+        openvla_view(upright[..., 0], size=56)

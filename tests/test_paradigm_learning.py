@@ -11,7 +11,7 @@ import torch
 
 from configs.loader import RecipeError, load_recipe
 from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
-from learners.decisions import NOISE_DRAWS, DecisionPool
+from learners.decisions import NOISE_DRAWS, DecisionPool, noise_keys
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
 from learners.terms import Draw, Side, accumulate_gradients, refer
@@ -98,9 +98,9 @@ def test_a_flow_update_says_how_its_score_was_calibrated() -> None:
 def test_a_kept_reference_is_of_the_same_noise_as_the_score(name: str) -> None:
     policy = new(name)
     learner_of(policy)
-    pool = DecisionPool(policy, start_reference=True)
+    pool = DecisionPool(policy, start_reference=True, micro_batch=64)
     one, other = episode(policy, seed=0, outcome="success"), episode(policy, seed=1, outcome="timeout")
-    pool.hold([one, other])
+    pool.hold([one, other], update=0)
     rows = pool.rows(other)
     scores = [pool.score(rows, noise).detach().numpy() for noise in range(NOISE_DRAWS)]
     with pytest.raises(RuntimeError, match="call refer first"):
@@ -123,9 +123,9 @@ def test_the_sides_of_a_pair_share_their_noise_and_other_decisions_have_other_no
         return score(*args, noise_keys=noise_keys)
 
     pairs = pairs_of(policy)
-    pool = DecisionPool(policy, start_reference=True)
+    pool = DecisionPool(policy, start_reference=True, micro_batch=64)
     adapters.attach(policy.module, AdapterPart(rank=4), seed=0, decoders=policy.adapted)
-    pool.hold([side for pair in pairs for side in (pair.chosen, pair.rejected)])
+    pool.hold([side for pair in pairs for side in (pair.chosen, pair.rejected)], update=0)
     policy.score = recorded  # type: ignore[method-assign]
     weights = torch.ones(2)
     sides = [
@@ -137,9 +137,10 @@ def test_the_sides_of_a_pair_share_their_noise_and_other_decisions_have_other_no
     ]
     successes = torch.cat([pool.rows(pair.chosen) for pair in pairs])
     draw = Draw(pairs=sides, successes=successes, demos=successes[:0], noise=7)
-    refer(draw, pool)
+    part = PreferencePart(reference="start")
+    assert refer(draw, pool, part)
     seen.clear()
-    metrics = accumulate_gradients(draw, pool, PreferencePart(reference="start"))
+    metrics = accumulate_gradients(draw, pool, part)
     of_pairs, of_successes = seen
     chosen, rejected = of_pairs.view(2, len(pairs), 2)
     assert torch.equal(chosen, rejected)
@@ -147,6 +148,27 @@ def test_the_sides_of_a_pair_share_their_noise_and_other_decisions_have_other_no
     assert len(of_successes.unique()) == 18
     for ratio in ("chosen_logratio", "rejected_logratio", "success_logratio"):
         assert metrics[ratio] == pytest.approx(0, abs=1e-5)
+
+
+def test_every_update_has_noise_and_references_of_its_own() -> None:
+    groups, draws = torch.tensor([89_049, 0, 8003]), torch.tensor([7, 0, 2])
+    assert noise_keys(groups, draws, 0).tolist() == [712_399, 0, 64_026]
+    assert noise_keys(groups, draws, 3).tolist() == [712_399 + 3 * 2**32, 3 * 2**32, 64_026 + 3 * 2**32]
+    policy = new("pi0")
+    learner_of(policy)
+    pool = DecisionPool(policy, start_reference=True, micro_batch=64)
+    one = episode(policy, seed=0, outcome="success")
+    references = []
+    for update in (0, 1, 0):
+        pool.hold([one], update=update)
+        rows = pool.rows(one)
+        with pytest.raises(RuntimeError, match="call refer first"):
+            pool.reference(rows)
+        assert pool.refer(rows, torch.zeros_like(rows))
+        np.testing.assert_allclose(pool.reference(rows).numpy(), pool.score(rows).detach().numpy(), atol=1e-5)
+        references.append(pool.reference(rows))
+    assert not torch.equal(references[0], references[1])
+    assert torch.equal(references[0], references[2])
 
 
 @pytest.mark.parametrize("name", ["pi0", "diffusion"])
@@ -158,7 +180,8 @@ def test_a_surrogate_s_learner_continues_exactly_from_its_state(name: str) -> No
     saved = learner.state()
     learner.update(pairs, (), ())
     again = learner_of(new(name), steps=2)
-    again.update(pairs[2:], (), ())  # of another calibration, and with kept references
+    again.update(pairs[2:], (), ())  # of another calibration
+    again.update(pairs[2:], (), ())  # and more of them
     again.load_state(saved)
     again.update(pairs, (), ())
     expected = learner.state()
@@ -175,8 +198,8 @@ def test_actions_that_were_not_executed_count_nothing(name: str) -> None:
     whole = episode(policy, seed=0, outcome="success")
     *first, last = whole.decisions
     ended = replace(whole, decisions=(*first, replace(last, executed=1)))
-    pool = DecisionPool(policy, start_reference=not policy.exact)
-    pool.hold([ended])
+    pool = DecisionPool(policy, start_reference=not policy.exact, micro_batch=64)
+    pool.hold([ended], update=0)
     rows = pool.rows(ended)
     learner_of(policy)
     pool.refer(rows, torch.zeros_like(rows))
@@ -188,7 +211,7 @@ def test_actions_that_were_not_executed_count_nothing(name: str) -> None:
 
 def test_a_surrogate_has_no_recorded_reference() -> None:
     with pytest.raises(ValueError, match=r"preference\.reference=start"):
-        DecisionPool(new("diffusion"), start_reference=False)
+        DecisionPool(new("diffusion"), start_reference=False, micro_batch=64)
     with pytest.raises(RecipeError, match=r"preference\.reference=behaviour needs recorded log-probs"):
         load_recipe("configs/tiny_pi05.yaml", ["preference.reference=behaviour"])
 

@@ -220,6 +220,19 @@ def test_a_decoding_by_uniform_noise_and_given_draws_is_the_same() -> None:
     assert failures(masked_fixture(case, results, cases=[{"choice_temperature": 1.0}])) == []
 
 
+def test_the_final_chunk_alone_is_not_enough() -> None:
+    inputs, expected = recorded_decoding()
+    final = {"final_ids": expected["final_seqs"][:, -1]}
+    (lacking,) = failures(masked_fixture(inputs, final))
+    assert (lacking.name, lacking.compared) == ("masks", False)
+    assert failures(masked_fixture(inputs, final | {"mask_len": expected["mask_len"]})) == []
+    cases = {f"case{i}/{name}": tensor for i in (0, 1) for name, tensor in expected.items()}
+    del cases["case1/final_seqs"], cases["case1/mask_len"]
+    cases["case1/final_ids"] = final["final_ids"]
+    (lacking,) = failures(masked_fixture(inputs, cases, cases=[{}, {}]))
+    assert lacking.name == "case1/masks"
+
+
 def test_a_wrong_token_fails() -> None:
     inputs, expected = recorded_decoding()
     expected["final_seqs"] = expected["final_seqs"].clone()

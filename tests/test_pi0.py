@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from transformers import PI0ForConditionalGeneration
 
 from configs.schema import AdapterPart
+from objectives.flow_matching import noisy_chunk, velocity_errors
 from policies.decoding.prefix import Prefix, attention_mask, positions
 from policies.flow import FlowPolicy
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
 from policies.pi0.checkpoint import LAYOUTS, read_weights
 from policies.pi0.expert import AdaptiveRMSNorm
-from policies.pi0.network import Pi0Network, Suffix, noisy_chunk, velocity_errors
+from policies.pi0.network import Pi0Network, Suffix
 from policies.pi0.sizes import PI0, PI05, Pi0Config, pi0_config
 from policies.weights.adapters import adapted_layers, attach, parameters
 from tests.pi0_tiny import TINY, in_layout, tiny_batch, tiny_network

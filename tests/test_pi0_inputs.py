@@ -9,10 +9,8 @@ from policies.pi0.preprocessing import (
     clean_instruction,
     prompt_ids,
     resize_with_pad,
-    rotate_180,
     state_bins,
     state_prompt,
-    to_model_range,
 )
 
 
@@ -83,19 +81,3 @@ def test_what_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
         resize_with_pad(np.zeros(shape, dtype=np.uint8))
     with pytest.raises(ValueError, match="image is float64"):
         resize_with_pad(np.zeros((4, 4, 3)))
-
-
-def test_rotation_turns_rows_and_columns() -> None:
-    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    turned = rotate_180(image)
-    assert turned[0, 0].tolist() == image[1, 2].tolist()
-    assert turned.flags["C_CONTIGUOUS"]
-    assert np.array_equal(rotate_180(turned), image)
-
-
-def test_pixels_go_from_minus_one_to_one_channels_first() -> None:
-    image = np.zeros((2, 4, 5, 3), dtype=np.uint8)
-    image[..., 1] = 255
-    scaled = to_model_range(image)
-    assert (scaled.shape, scaled.dtype) == ((2, 3, 4, 5), np.float32)
-    assert scaled[0, :, 0, 0].tolist() == [-1.0, 1.0, -1.0]

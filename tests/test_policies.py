@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs.policy import DiffusionPart
 from configs.schema import AdapterPart
 from objectives import dpo
 from policies.diffusion import DiffusionPolicy
 from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
+from policies.make import make_policy
 from policies.pi0.inputs import PlainInputs
 from policies.protocol import Policy
 from policies.weights import adapters
@@ -43,6 +45,39 @@ def test_a_chunk_is_in_range_and_follows_from_its_seed_alone(name: str) -> None:
     assert (other.actions != together[0].actions).any()
     greedy = [policy.act(seen[:1], seeds=[seed], temperature=0)[0].actions for seed in (1, 2)]
     np.testing.assert_array_equal(*greedy)
+
+
+def unmasking(choice_temperature: float | None) -> Policy:
+    """A random policy whose weights are large enough for a token to depend on those already unmasked."""
+    diffusion = DiffusionPart(iterations=4, choice_temperature=choice_temperature)
+    part = PARADIGMS["diffusion"].model_copy(update={"diffusion": diffusion})
+    policy = make_policy(part, image_size=SIZE, seed=0, device=torch.device("cpu"))
+    assert isinstance(policy, DiffusionPolicy)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.network.language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3, generator=generator)
+    return policy
+
+
+def test_an_order_at_random_is_greedy_at_temperature_zero_and_matters_above() -> None:
+    seen, policies = observations(1) * 8, (unmasking(None), unmasking(10.0))
+
+    def chunks(temperature: float) -> list[list[list[int]]]:
+        return [
+            [
+                sample.model_chunk.tolist()
+                for sample in policy.act(seen, seeds=range(8), temperature=temperature)
+            ]
+            for policy in policies
+        ]
+
+    by_confidence, at_random = chunks(0)
+    assert at_random == by_confidence == [by_confidence[0]] * 8
+    # The noise on tokens is the same in both: what differs was unmasked in another order.
+    by_confidence, at_random = chunks(1.0)
+    assert sum(a != b for a, b in zip(by_confidence, at_random, strict=True)) >= 4
 
 
 @pytest.mark.parametrize("name", PARADIGMS)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from configs.policy import VisionPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire
-from learners.terms import Draw, Side, accumulate_gradients
-from policies.protocol import Policy
+from learners.terms import Draw, Side, accumulate_gradients, lowest_logratio, refer
+from policies.make import make_policy
+from policies.protocol import DecisionBatch, Policy
 from policies.weights import adapters
-from tests.learning import ADAPTER, TOKENS, demonstration, episode, new_policy, observations, pairs_of
+from tests.learning import (
+    ADAPTER,
+    PART,
+    SIZE,
+    TOKENS,
+    demonstration,
+    episode,
+    new_policy,
+    observations,
+    pairs_of,
+)
 from trajectories.records import Trajectory
 
 
@@ -33,9 +46,15 @@ def new_learner(
     )
 
 
-def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray], *, but: str = "generator") -> bool:
+def same(
+    first: dict[str, np.ndarray],
+    second: dict[str, np.ndarray],
+    *,
+    but: tuple[str, ...] = ("generator", "updates"),
+) -> bool:
+    """Whatever happened, what the next update draws is something else."""
     assert set(first) == set(second)
-    return all(np.array_equal(first[name], second[name]) for name in first if name != but)
+    return all(np.array_equal(first[name], second[name]) for name in first if name not in but)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -126,8 +145,8 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    pool = DecisionPool(policy, start_reference=False)
-    pool.hold([t for pair in pairs for t in (pair.chosen, pair.rejected)] + successes + demos)
+    pool = DecisionPool(policy, start_reference=False, micro_batch=64)
+    pool.hold([t for pair in pairs for t in (pair.chosen, pair.rejected)] + successes + demos, update=0)
     some = torch.tensor([1, 3, 4, 8])
     sides = [
         (
@@ -162,7 +181,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     def recorded(trajectory: Trajectory) -> torch.Tensor:
         return torch.from_numpy(np.stack([d.sample.logps for d in trajectory.decisions]))
 
-    losses, proximal, anchors, held = [], [], [], []
+    losses, proximal, anchors, held, margins = [], [], [], [], []
     for pair, (_, side) in zip(pairs, sides, strict=True):
         chosen = score(pair.chosen)
         anchors.append(-chosen)
@@ -170,6 +189,7 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
         held.append(rejected < -0.02 * TOKENS)
         bounded = rejected.clamp(min=-0.02 * TOKENS)
         margin = (chosen - recorded(pair.chosen)).sum() - (side.weights * bounded).sum()
+        margins.append(0.05 * margin.item())
         losses.append(-torch.nn.functional.logsigmoid(0.05 * margin))
         sums = torch.stack([(chosen - recorded(pair.chosen)).sum(), (side.weights * rejected).sum()])
         both_ways = torch.nn.functional.logsigmoid(torch.stack([0.05 * sums, -0.05 * sums]))
@@ -185,9 +205,90 @@ def test_micro_batched_gradients_equal_one_pass_over_the_whole_objective() -> No
     share = torch.cat(held).float().mean().item()
     assert 0 < share < 1
     assert metrics["held"] == pytest.approx(share)
+    assert metrics["margin"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert metrics["margin_std"] == pytest.approx(np.std(margins, ddof=1), abs=1e-4)
     assert metrics["loss"] == pytest.approx(whole.item(), abs=1e-4)
     for name, parameter in parameters.items():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert "margin_std" not in accumulate_gradients(replace(draw, pairs=sides[:1]), pool, part)
+
+
+@pytest.mark.parametrize(("patch", "merge", "again"), [(8, 2, []), (2, 1, [2])])
+def test_a_context_is_kept_unless_its_images_take_less(patch: int, merge: int, again: list[int]) -> None:
+    vision = VisionPart(width=16, layers=1, heads=2, patch=patch, merge=merge)
+    part = PART.model_copy(update={"vision": vision})
+    policy = make_policy(part, image_size=SIZE, seed=0, device=torch.device("cpu"))
+    one = episode(policy, seed=0, outcome="success")
+    encoded: list[int] = []
+    encode = policy.encode_context
+
+    def counted(batch: DecisionBatch) -> torch.Tensor:
+        encoded.append(len(batch))
+        return encode(batch)
+
+    policy.encode_context = counted  # type: ignore[method-assign]
+    pool = DecisionPool(policy, start_reference=False, micro_batch=4)
+    pool.hold([one], update=0)
+    pool.hold([one], update=1)
+    assert encoded == [4, 2]
+    encoded.clear()
+    some = [4, 1]
+    decisions = [one.decisions[i] for i in some]
+    batch = policy.batch([d.observation for d in decisions], [d.sample.model_chunk for d in decisions])
+    torch.testing.assert_close(pool.score(pool.rows(one)[some]), policy.score(batch), rtol=0, atol=1e-5)
+    assert encoded == again
+    features = torch.cat([encode(batch).mean(dim=1), batch.proprio_BP], dim=1)
+    torch.testing.assert_close(pool.features(one)[some], features, rtol=0, atol=1e-5)
+    entry = pool._entries[one.trajectory_id]
+    kept = [entry.batch.agentview_BHWC, entry.batch.wrist_BHWC]
+    if entry.context is not None:
+        kept.append(entry.context)
+    images = 6 * 2 * SIZE * SIZE * 3
+    assert 0 < sum(tensor.untyped_storage().nbytes() for tensor in kept) <= images
+
+
+def test_a_step_refers_to_what_its_terms_look_at() -> None:
+    policy = new_policy()
+    (pair,) = pairs_of(policy, 1)
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
+    pool = DecisionPool(policy, start_reference=True, micro_batch=64)
+    pool.hold([pair.chosen, pair.rejected], update=0)
+    chosen, rejected = pool.rows(pair.chosen), pool.rows(pair.rejected)
+    sides = [Side(rows=rows, weights=torch.ones(len(rows))) for rows in (chosen, rejected)]
+    draw = Draw(pairs=[(sides[0], sides[1])], successes=chosen[:0], demos=chosen[:0])
+    anchored = PreferencePart(preference_weight=0, proximal_weight=0, anchor_weight=1)
+    assert refer(draw, pool, anchored)
+    assert "anchor_nll" in accumulate_gradients(draw, pool, anchored)
+    with pytest.raises(RuntimeError, match="call refer first"):
+        pool.reference(rejected)
+    assert refer(draw, pool, PreferencePart())
+    assert pool.reference(rejected).shape == (6, TOKENS)
+
+
+def test_what_is_recorded_or_computed_is_not_computed_again() -> None:
+    policy = new_policy()
+    one, demo = episode(policy, seed=0, outcome="success"), demonstration(seed=1)
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
+    scored: list[int] = []
+    score = policy.score
+
+    def counted(batch: DecisionBatch, *args: torch.Tensor, **noise: torch.Tensor) -> torch.Tensor:
+        scored.append(len(batch))
+        return score(batch, *args, **noise)
+
+    policy.score = counted  # type: ignore[method-assign]
+    pool = DecisionPool(policy, start_reference=False, micro_batch=64)
+    pool.hold([one, demo], update=0)
+    recorded, unknown = pool.rows(one), pool.rows(demo)
+    both = torch.cat([recorded, unknown])
+    assert pool.refer(unknown[:2], torch.zeros_like(unknown[:2]))
+    assert pool.refer(both, torch.zeros_like(both))
+    assert pool.refer(both, torch.zeros_like(both))
+    assert scored == [2, 4]
+    expected = torch.from_numpy(np.stack([d.sample.logps for d in one.decisions]))
+    assert torch.equal(pool.reference(recorded), expected)
+    with adapters.disabled(policy.module):
+        torch.testing.assert_close(pool.reference(unknown), pool.score(unknown), rtol=0, atol=1e-5)
 
 
 def test_the_reference_gets_no_gradient() -> None:
@@ -286,6 +387,19 @@ def test_a_destructive_update_trips_and_is_undone_to_the_bit(lr: float, beta: fl
     assert torch.equal(policy_2.score(batch).detach(), scores)
 
 
+def test_a_reference_that_is_not_finite_trips() -> None:
+    policy = new_policy()
+    pairs = pairs_of(policy, 2)
+    learner = new_learner(policy, PreferencePart(steps=3, reference="start"))
+    kept = learner.state()
+    with torch.no_grad():
+        policy.module.get_parameter("language_model.lm_head.weight")[-1, 0] = torch.nan
+    report = learner.update(pairs, (), ())
+    assert (report.stopped, report.steps) == ("tripped", 0)
+    assert report.reason == "reference log-prob is not finite"
+    assert same(learner.state(), kept)
+
+
 def test_the_last_step_is_judged_too() -> None:
     policy = new_policy()
     pairs = pairs_of(policy, 2)
@@ -309,6 +423,14 @@ def test_tripwire_judges_the_running_mean_and_what_is_not_finite() -> None:
     assert infinite.reason == "grad_norm is not finite"
 
 
+def test_the_tripwire_watches_the_lower_of_the_likelihoods_there_are() -> None:
+    assert lowest_logratio({"chosen_logratio": -0.2, "success_logratio": 0.1}) == -0.2
+    assert lowest_logratio({"success_logratio": 0.1, "rejected_logratio": -3.0}) == 0.1
+    assert lowest_logratio({"demo_nll": 2.0}) == 0.0
+    for one, other in ((0.1, math.nan), (math.nan, 0.1)):
+        assert math.isnan(lowest_logratio({"chosen_logratio": one, "success_logratio": other}))
+
+
 def test_success_only_training_needs_no_pairs() -> None:
     policy = new_policy()
     successes = [episode(policy, seed=i, outcome="success") for i in range(3)]
@@ -329,7 +451,18 @@ def test_nothing_to_learn_from_changes_nothing_and_says_so() -> None:
     assert report.stopped == "skipped"
     assert report.steps == 0
     assert "no pairs and no successes" in report.reason
-    assert same(learner.state(), kept, but="")
+    assert same(learner.state(), kept, but=())
+
+
+def test_demonstrations_alone_are_learned_from_where_they_alone_have_a_weight() -> None:
+    weights = ("preference_weight", "proximal_weight", "anchor_weight", "success_weight")
+    nothing: dict[str, Any] = {**dict.fromkeys(weights, 0), "demo_weight": 1, "steps": 3, "lr": 5e-3}
+    report = new_learner(new_policy(), PreferencePart(**nothing)).update((), (), [demonstration(5)])
+    assert report.stopped == ""
+    assert report.history[-1]["demo_nll"] < report.history[0]["demo_nll"]
+    for weight in weights:
+        learner = new_learner(new_policy(), PreferencePart(**{**nothing, weight: 1}))
+        assert learner.update((), (), [demonstration(5)]).stopped == "skipped", weight
 
 
 def test_a_learner_continues_exactly_from_its_state() -> None:
@@ -343,7 +476,7 @@ def test_a_learner_continues_exactly_from_its_state() -> None:
     again = new_learner(new_policy(), part)
     again.load_state(saved)
     again.update(pairs, (), ())
-    assert same(again.state(), learner.state(), but="")
+    assert same(again.state(), learner.state(), but=())
     assert not same(again.state(), saved)
 
 

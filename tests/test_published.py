@@ -20,14 +20,15 @@ from policies.flow import FlowPolicy
 from policies.make import make_policy
 from policies.pi0.folder import open_pi0
 from policies.pi0.inputs import PublishedInputs
-from policies.pi0.norm_stats import normalise, pad_dims, read_norm_stats, unnormalise
-from policies.pi0.preprocessing import prompt_ids, resize_with_pad, rotate_180, to_model_range
+from policies.pi0.norm_stats import normalise, pad_dims, read_norm_stats
+from policies.pi0.preprocessing import prompt_ids, resize_with_pad
 from policies.pi0.sizes import Pi0Config
 from policies.protocol import Policy
 from policies.published import PublishedError, check_published, located
 from policies.weights import adapters
 from policies.weights.merging import merge
 from policies.weights.snapshots import state_tensors
+from tests.openpi_steps import rotate_180, to_model_range, unnormalise
 from tests.published_tiny import CPU, HEADS, PI0, STATS, episode, observations, pi0_network, write_pi0
 from trajectories.records import PreferencePair, Trajectory, WeightSnapshot
 
@@ -196,9 +197,11 @@ def test_mask_is_a_padding_id_that_padding_leaves_free(known: dict[str, PolicyPa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("dora", "bfloat16")]
+)
 def test_published_weights_are_the_reference_and_are_learned_from(
-    kind: str, dtype: str, known: dict[str, PolicyPart]
+    kind: str, method: str, dtype: str, known: dict[str, PolicyPart]
 ) -> None:
     """Pairs alone, no demonstrations: at first the policy is the reference, and what is learned can be served."""
     part = known[kind].model_copy(update={"dtype": dtype})
@@ -213,7 +216,7 @@ def test_published_weights_are_the_reference_and_are_learned_from(
     ]
     learner = PreferenceLearner(
         policy,
-        adapter=AdapterPart(method="lora", rank=4, alpha=8),
+        adapter=AdapterPart(method=method, rank=4, alpha=8),
         preference=PreferencePart(
             reference="start", demo_weight=0, success_weight=0, steps=3, lr=0.01, micro_batch=4
         ),
@@ -224,9 +227,8 @@ def test_published_weights_are_the_reference_and_are_learned_from(
     report = learner.update(pairs, [], [])
     assert report.steps == 3
     first, *_, last = report.history
-    if dtype == "float32":
-        assert first["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
-        assert abs(first["chosen_logratio"]) < 1e-4
+    assert first["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert abs(first["chosen_logratio"]) < 1e-4
     assert abs(last["chosen_logratio"]) > 1e-4
     served = made(part, filled=False)
     merged = merge(base, learner.adapter())
@@ -287,9 +289,11 @@ def test_statistics_may_lie_elsewhere(own: Callable[[str], PolicyPart], tmp_path
     part = own("pi05")
     (tmp_path / "folder" / "assets").rename(tmp_path / "elsewhere")
     with pytest.raises(PublishedError, match=r"folder has no norm_stats\.json"):
-        check_published(part)
+        check_published(part, image_size=64)
     part = part.model_copy(update={"norm_stats": str(tmp_path / "elsewhere" / "libero")})
-    assert check_published(part) == 4 * sum(p.numel() for p in pi0_network(adaptive=True).parameters())
+    assert check_published(part, image_size=64) == 4 * sum(
+        p.numel() for p in pi0_network(adaptive=True).parameters()
+    )
 
 
 def test_actors_are_told_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

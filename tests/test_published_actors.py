@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import ray
 
-from actors.learner import LearnerActor, MonitorActor
+from actors.learner import LearnerActor
+from actors.monitor import MonitorActor
 from actors.parameter_server import ParameterServer
 from actors.placement import connect
 from actors.policy import PolicyActor

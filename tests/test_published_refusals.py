@@ -154,7 +154,7 @@ def test_a_folder_that_will_not_do_is_one_line(
     part = own(kind)
     spoil(tmp_path / "folder")
     with pytest.raises(PublishedError) as refusal:
-        check_published(part)
+        check_published(part, image_size=64)
     text = str(refusal.value)
     assert said in text
     assert str(tmp_path / "folder") in text
@@ -183,10 +183,22 @@ def test_a_setting_that_contradicts_the_folder_is_one_line(
     kind: str, change: dict[str, Any], said: str, known: dict[str, PolicyPart]
 ) -> None:
     part = known[kind].model_copy(update=change)
-    for check in (check_published, lambda p: published_policy(p, device=CPU)):
+    for check in (lambda p: check_published(p, image_size=64), lambda p: published_policy(p, device=CPU)):
         with pytest.raises(PublishedError) as refusal:
             check(part)
         assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["openvla", "pi0", "pi05", "diffusion"])
+def test_images_smaller_than_the_checkpoints_are_one_line(kind: str, known: dict[str, PolicyPart]) -> None:
+    with pytest.raises(PublishedError) as refusal:
+        check_published(known[kind], image_size=27)
+    assert str(refusal.value) == (
+        f"policy.checkpoint: environment.image_size is 27, the images of {known[kind].checkpoint} have 28 rows and "
+        "columns, and it has seen no enlarged ones; set environment.image_size to 28 or more (published LIBERO data: "
+        "256)"
+    )
+    assert check_published(known[kind], image_size=28) > 0
 
 
 @pytest.mark.parametrize("kind", ["openvla", "pi0"])
@@ -196,7 +208,7 @@ def test_the_check_does_not_read_the_weights(
     """Infinite numbers are not seen by it, only by whoever reads them."""
     part = own(kind)
     tensors(lambda held: [t.fill_(torch.inf) for t in held.values()])(tmp_path / "folder")
-    assert check_published(part) > 0
+    assert check_published(part, image_size=64) > 0
     with pytest.raises(PublishedError, match="non-finite values"):
         published_policy(part, device=CPU)
     published_policy(part, device=CPU, filled=False)
@@ -226,6 +238,16 @@ def test_the_check_does_not_read_the_weights(
         (
             ["policy.checkpoint=x", "policy.bins=256", "policy.dtype=bfloat16"],
             "supervised.steps=600 on policy.dtype=bfloat16",
+        ),
+        (
+            [
+                "policy.checkpoint=x",
+                "policy.bins=256",
+                "policy.dtype=bfloat16",
+                "supervised.steps=0",
+                "adapter.dropout=0.1",
+            ],
+            "adapter.dropout=0.1 with adapter.method=dora on policy.dtype=bfloat16",
         ),
     ],
 )

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from benchmarks import memory, real_size
+from benchmarks.published_sizes import openvla_7b
 from configs.loader import load_recipe
 from policies.openvla.layout import openvla_layout
+from policies.pi0.sizes import PI05 as PI05_CONFIG
 from tests import openvla_tiny
 from tests.published_tiny import PI0
 
@@ -40,6 +42,15 @@ def test_bytes_follow_from_the_recipe() -> None:
     assert ddvla["supervised"] == 16 * OPENVLA
     assert openvla["context"] == 256 * 4096 * 2
     assert pi05["context"] == 2 * 256 * 2048 * 2
+    # Images of 224 pixels, of one camera and of two, and the mean of the context beside 8 of proprioception.
+    assert openvla["kept"] == 224 * 224 * 3 + 4 * (4096 + 8)
+    assert pi05["kept"] == 2 * 224 * 224 * 3 + 4 * (2048 + 8)
+    # Three versions of ten tasks, ten states and four samples, and of a canary of 40, to 280 steps of libero_object.
+    assert openvla["decisions"] == 3 * 440 * 280
+    assert pi05["decisions"] == 3 * 440 * 104
+    assert ddvla["decisions"] == (3 * 440 + 100) * 35
+    assert openvla["held"] == openvla["decisions"] * (openvla["kept"] + 2 * 256 * 256 * 3)
+    assert max(row["held"] for row in ROWS.values()) < 256 * memory.GIB
     # LoRA of rank 32 on the seven linears of 32 Llama layers: attention 4096 to 4096, MLP 4096 to 11008.
     rank, width, mlp = 32, 4096, 11008
     factors = 32 * rank * (4 * 2 * width + 3 * (width + mlp))
@@ -68,6 +79,26 @@ def test_without_a_cuda_device_it_says_so() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "pairloom: benchmarks.real_size needs a CUDA device, and torch finds none here\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs a CUDA device: real-size OpenVLA-7B and pi-0.5 not measured",
+)
+@pytest.mark.parametrize(("name", "parameters"), [("openvla", OPENVLA), ("pi05", PI05)])
+def test_real_sizes_act_score_and_learn_on_a_gpu(name: str, parameters: int) -> None:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    if name == "openvla":
+        policy = real_size.openvla(openvla_7b(), device, dtype)
+    else:
+        policy = real_size.pi05(PI05_CONFIG, device, dtype)
+    found = real_size.measure(policy, image_size=224, batches=[1], micro_batch=2, repeats=1)
+    assert found.pop("parameters") == parameters
+    assert set(found) == {"act_1", "score_1", "preference_step"}
+    for one in found.values():
+        assert one["ms"] > 0
+        assert one["peak_bytes"] > 2 * parameters  # bfloat16 weights, and what a pass adds
 
 
 @pytest.mark.parametrize("name", ["openvla", "pi05"])

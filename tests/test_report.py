@@ -142,7 +142,12 @@ def write_run(folder: Path, *, events: list[dict[str, Any]], pairs: int = 7, fau
         {"stage": "pairs", "round": 0, "version": 0, **counts},
     ]
     for step in range(1, 11):
-        reward = {"margin": 0.02 * step, "chosen_reward": 0.012 * step, "rejected_reward": -0.008 * step}
+        reward = {
+            "margin": 0.02 * step,
+            "margin_std": 0.013 * step,
+            "chosen_reward": 0.012 * step,
+            "rejected_reward": -0.008 * step,
+        }
         metrics.append(
             {
                 "stage": "update",
@@ -202,7 +207,7 @@ def test_report_states_the_result_and_the_promotion(tmp_path: Path) -> None:
         "10 steps to a margin of 0.20, the preferred side's log-ratio at +0.100 nats per token (tripwire at -0.1)."
         in text
     )
-    assert "| 0 | 7 | 10 | 0.20 | 0.75 | 0.100 | 0.200 | -0.200 |" in text
+    assert "| 0 | 7 | 10 | 0.20 | 0.13 | 0.75 | 0.100 | 0.200 | -0.200 |" in text
     assert "; DoRA of rank 32, sigmoid DPO on decisive chunks with beta 0.02, synchronous schedule" in text
     assert "Version 1 was **promoted**: 26 successes on 40 canary cells against 17" in text
     assert "**The fleet ends on version 1.**" in text

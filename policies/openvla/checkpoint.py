@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from policies.encoding.action_tokens import ActionTokenizer
 from policies.openvla.actions import ActionStatistics, OpenVLAActions, action_statistics
 from policies.openvla.layout import OpenVLALayout, openvla_layout
 from policies.openvla.network import OpenVLA
@@ -83,25 +82,6 @@ class OpenVLAFolder:
         return network
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OpenVLACheckpoint:
-    """A checkpoint in memory."""
-
-    folder: Path
-    network: OpenVLA
-    """Filled, in eval mode."""
-    prompts: LlamaPrompts
-    tokens: ActionTokenizer
-    image_size: int
-    """Rows and columns of the images that the network sees."""
-    norm_stats: Mapping[str, Any]
-    """Data set -> its statistics."""
-
-    def statistics(self, unnorm_key: str | None = None) -> ActionStatistics:
-        """As `OpenVLAFolder.statistics`."""
-        return action_statistics(self.norm_stats, unnorm_key, where=str(self.folder))
-
-
 def open_openvla(folder: str | Path) -> OpenVLAFolder:
     """Look a checkpoint folder through without reading its weights.
 
@@ -133,22 +113,6 @@ def open_openvla(folder: str | Path) -> OpenVLAFolder:
         norm_stats=norm_stats,
         files=tuple(files),
         dtype=dtypes["language_model.lm_head.weight"],
-    )
-
-
-def load_openvla(
-    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> OpenVLACheckpoint:
-    """Read a checkpoint folder; without a dtype in the one its weights are stored in. Raises ValueError as
-    `open_openvla` and `OpenVLAFolder.network` do."""
-    found = open_openvla(folder)
-    return OpenVLACheckpoint(
-        folder=found.folder,
-        network=found.network(device=device, dtype=dtype),
-        prompts=found.prompts,
-        tokens=found.layout.actions,
-        image_size=found.image_size,
-        norm_stats=found.norm_stats,
     )
 
 

@@ -1,7 +1,7 @@
 """What OpenVLA sees of LIBERO: the steps its training images went through, taken again.
 
 Its data were rendered at 256 x 256, turned by 180 degrees, stored as JPEG, resized by TensorFlow's antialiased
-Lanczos and, where training cropped at random, are cropped at the centre when it acts. Each step follows TensorFlow's
+Lanczos and, since training cropped at random, are cropped at the centre when it acts. Each step follows TensorFlow's
 arithmetic; JPEG is Pillow's, whose pixels may differ by a level or two.
 """
 
@@ -19,19 +19,18 @@ CROP_AREA = 0.9
 """Share of the image that the centre crop keeps."""
 
 
-def libero_view(upright: np.ndarray, *, size: int, crop: bool = True) -> np.ndarray:
+def openvla_view(upright: np.ndarray, *, size: int) -> np.ndarray:
     """A camera image uint8 [H, W, 3] that stands upright (`Observation`) -> OpenVLA's, uint8 [size, size, 3].
 
     The simulator's own rows begin at the bottom, and OpenVLA turns that image by 180 degrees: rows as they are here,
-    columns from right to left. `crop` for checkpoints that were trained with random crops: all that were fine-tuned
-    on LIBERO. Raises ValueError for another shape or type.
+    columns from right to left. The centre is cropped because the checkpoints fine-tuned on LIBERO were all trained
+    with random crops. Raises ValueError for another shape or type.
     """
     if upright.dtype != np.uint8 or upright.ndim != 3 or upright.shape[-1] != 3:
         raise ValueError(
             f"an image is {upright.dtype} {list(upright.shape)}, expected uint8 [rows, columns, 3]"
         )
-    image = resize_lanczos(jpeg_round_trip(upright[:, ::-1]), size)
-    return crop_centre(image, CROP_AREA) if crop else image
+    return crop_centre(resize_lanczos(jpeg_round_trip(upright[:, ::-1]), size), CROP_AREA)
 
 
 def jpeg_round_trip(image: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Vision transformers under the key names of published checkpoints (timm's), as OpenVLA holds them.
+"""Vision transformers under the key names of published checkpoints (timm's), as OpenVLA holds them. Those of the small
+networks made here are in `policies.openvla.vision`.
 
 Letters: B images, H W rows and columns, C channels, N patches of an image, T tokens (extra ones first, then
 patches), D features.

@@ -1,4 +1,5 @@
-"""Images to tokens: vision towers fused per patch, and the projector into the decoder's width.
+"""Images to tokens: the SigLIP towers of the small networks made here, fused per patch, and the projector into the
+decoder's width of any network. Towers of published checkpoints (timm's key names) are in `policies.openvla.towers`.
 
 Letters: B images, H W rows and columns, N tokens of an image, D features.
 """

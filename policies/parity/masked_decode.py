@@ -1,7 +1,9 @@
 """Family `masked_decode`: MaskGIT-style parallel decoding of given logits under given noise.
 
-A pure function: what the network would answer at every iteration is an input. Read are, with K iterations, B rows, L
-tokens, V vocabulary, and `case<i>/` in front of every name when config.json has a list `cases`:
+A pure function: what the network would answer at every iteration is an input. How a recording of it is laid out is
+specified nowhere: the names below, and the further ones of `_ALIASES`, are readings of what it may call them. Read are,
+with K iterations, B rows, L tokens, V vocabulary, and `case<i>/` in front of every name when config.json has a list
+`cases`:
 
 * config.json: `mask_token_id`; `num_iter` where the inputs do not say it; `start_iter` (0); `choice_temperature` (1);
   `use_remask` (no); `mask_scheduling_method`, of which `cosine` alone is read.
@@ -13,7 +15,8 @@ tokens, V vocabulary, and `case<i>/` in front of every name when config.json has
   is hidden again), `next_ids` (the chunk with those hidden), `confidence` (where finite); `mask_len` [K, B], [B, K] or
   [K].
 
-With a `start_iter` inputs and expected tensors may be of all K iterations or of those alone that are run. What is
+The final chunk alone would come out of many a wrong decoder: of every case something by iteration has to be expected
+too. With a `start_iter` inputs and expected tensors may be of all K iterations or of those alone that are run. What is
 computed is the released decoder's own function (arXiv 2508.20072); policies here never draw the mask token and keep
 every token that was given.
 """
@@ -48,7 +51,8 @@ _ALIASES = {
     "confidence": ("confidences",),
     "mask_len": ("mask_lens", "mask_counts"),
 }
-"""Name -> other names it is also read under."""
+"""Name -> other names it is also read under: guesses, none of them specified."""
+_BY_ITERATION = ("final_seqs", "masks", "next_ids", "confidence", "mask_len")
 _INPUTS = ("logits", "init_ids", "sampled_ids", "token_gumbel", "token_uniform", "token_exponential")
 _CHOSEN = 1e30
 """Gumbel noise that makes one token certain."""
@@ -250,4 +254,14 @@ def _unreadable(fixture: Fixture, prefix: str, what: str, name: str) -> FixtureE
     )
 
 
-FAMILY = Family(compute=compute, required=())
+def _required(fixture: Fixture) -> tuple[str, ...]:
+    """Of each case without anything by iteration: what it lacks."""
+    cases = fixture.config.get("cases")
+    prefixes = [""] if cases is None else [f"case{i}/" for i in range(len(cases))]
+    known = [key for name in _BY_ITERATION for key in (name, *_ALIASES[name])]
+    return tuple(
+        f"{prefix}masks" for prefix in prefixes if not any(prefix + key in fixture.expected for key in known)
+    )
+
+
+FAMILY = Family(compute=compute, required_by=_required)

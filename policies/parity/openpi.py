@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from objectives.flow_matching import noisy_chunk, velocity_errors
 from policies.decoding.prefix import Prefix, PrefixCache, attention_mask, positions
 from policies.parity.fixture import Family, Fixture, FixtureError, Output
 from policies.pi0.checkpoint import LAYOUTS, check_weights, load_pi0
-from policies.pi0.network import Pi0Network, noisy_chunk, velocity_errors
+from policies.pi0.network import Pi0Network
 from policies.pi0.sizes import GEMMA_2B, GEMMA_300M, Pi0Config, StreamSize, VisionSize
 
 LOSS_RELATIVE = 1e-5

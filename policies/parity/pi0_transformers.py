@@ -29,10 +29,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PI0Config
 
+from objectives.flow_matching import noisy_chunk, velocity_errors
 from policies.decoding.prefix import PrefixCache
 from policies.parity.fixture import Family, Fixture, FixtureError, Output
 from policies.pi0.checkpoint import LAYOUTS, check_weights, load_pi0
-from policies.pi0.network import Pi0Network, noisy_chunk, velocity_errors
+from policies.pi0.network import Pi0Network
 from policies.pi0.sizes import config_of_transformers
 
 CONFIGS = ("pi0_config", "official_hf_config", "hf_config", "transformers_config", "model_config", "config")

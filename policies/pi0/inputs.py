@@ -19,7 +19,7 @@ from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD, Observatio
 from policies.encoding.prompts import PromptTokenizer
 from policies.pi0.folder import Pi0Folder
 from policies.pi0.norm_stats import normalise, pad_dims
-from policies.pi0.preprocessing import STATE_BINS, libero_view
+from policies.pi0.preprocessing import STATE_BINS, pi0_view
 from trajectories.records import ACTION_DIM, Observation
 
 STATE_REACH = 3.0
@@ -122,7 +122,7 @@ class PublishedInputs:
             observations,
             _Told(self, observations),
             image_size=side,
-            view=partial(libero_view, side=side),
+            view=partial(pi0_view, side=side),
             device=device,
         )
 

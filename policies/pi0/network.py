@@ -18,8 +18,6 @@ import torch
 from torch import nn
 from transformers import PaliGemmaModel, PI0ForConditionalGeneration
 
-from objectives.flow_matching import noisy_chunk as noisy_chunk
-from objectives.flow_matching import velocity_errors as velocity_errors
 from policies.decoding.prefix import Prefix, PrefixCache, encode_prefix, suffix_places
 from policies.pi0.expert import AdaptiveExpert, AdaptiveSuffix, TimeEmbedding
 from policies.pi0.sizes import Pi0Config, expert_config, paligemma_config, pi0_config

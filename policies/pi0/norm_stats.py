@@ -56,16 +56,6 @@ def normalise(x: np.ndarray, stats: NormStats, *, quantile: bool) -> np.ndarray:
     return (x - centre) / half
 
 
-def unnormalise(x: np.ndarray, stats: NormStats, *, quantile: bool) -> np.ndarray:
-    """The inverse of `normalise` on the dimensions that the statistics cover; padding after them is dropped.
-
-    Raises ValueError as `NormStats.affine`.
-    """
-    dims = min(x.shape[-1], len(stats.mean))
-    centre, half = stats.affine(quantile=quantile, dims=dims)
-    return x[..., :dims] * half + centre
-
-
 def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
     """Zeros behind the last axis up to `dims`. Raises ValueError for more dimensions than that."""
     missing = dims - x.shape[-1]

@@ -59,16 +59,11 @@ def prompt_ids(
     return padded, np.arange(length) < len(ids)
 
 
-def rotate_180(image_HWC: np.ndarray) -> np.ndarray:
-    """The image upside down, as LIBERO's cameras are turned for these models."""
-    return np.ascontiguousarray(image_HWC[::-1, ::-1])
-
-
-def libero_view(upright_HWC: np.ndarray, *, side: int = IMAGE_SIDE) -> np.ndarray:
+def pi0_view(upright_HWC: np.ndarray, *, side: int = IMAGE_SIDE) -> np.ndarray:
     """A camera image that stands upright (`Observation`) -> these models', uint8 [side, side, 3].
 
-    `rotate_180` turns the simulator's own image, whose rows begin at the bottom: rows as they are here, columns from
-    right to left. Raises ValueError as `resize_with_pad`.
+    openpi turns the simulator's own image, whose rows begin at the bottom, by 180 degrees: rows as they are here,
+    columns from right to left. Raises ValueError as `resize_with_pad`.
     """
     return resize_with_pad(np.ascontiguousarray(upright_HWC[:, ::-1]), side)
 
@@ -94,8 +89,3 @@ def resize_with_pad(image_HWC: np.ndarray, side: int = IMAGE_SIDE) -> np.ndarray
     top, left = (side - new_height) // 2, (side - new_width) // 2
     canvas[top : top + new_height, left : left + new_width] = np.asarray(resized)
     return canvas
-
-
-def to_model_range(images_HWC: np.ndarray) -> np.ndarray:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]."""
-    return np.moveaxis(images_HWC.astype(np.float32) / 255 * 2 - 1, -1, -3)

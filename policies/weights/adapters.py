@@ -40,10 +40,11 @@ def attach(
 ) -> None:
     """Add a trainable adapter, in place, to those `linears` of every layer of each `module.<decoder>`; default all.
 
-    Everything else is frozen. At first the adapter changes nothing: B = 0 and, for DoRA, m = row norms of W.
-    `seed` fixes A. The adapted layers keep their names; their weight moves to `<layer>.base_layer.weight`, so
-    read the base tensors first. Its own parameters are float32 whatever the network's dtype. Raises ValueError for
-    a decoder in which no linear of a Llama layer is found, or for a linear that such a layer does not have.
+    Everything else is frozen. At first the adapter changes nothing, merged not a bit: B = 0 and, for DoRA, m = row
+    norms of W. `seed` fixes A. The adapted layers keep their names; their weight moves to
+    `<layer>.base_layer.weight`, so read the base tensors first. Its own parameters are float32 whatever the network's
+    dtype. Raises ValueError for a decoder in which no linear of a Llama layer is found, or for a linear that such a
+    layer does not have.
     """
     unknown = sorted(set(linears) - set(LINEARS))
     if unknown or not linears:
@@ -67,6 +68,11 @@ def attach(
     for parameter in own.values():
         # AdamW's steps are below bfloat16's resolution.
         parameter.data = parameter.data.float()
+    for _, layer in adapted_layers(module):
+        if layer.use_dora[_NAME]:
+            # peft rounds m to the network's dtype; the merges divide it by the norm that is taken here.
+            weight = layer.get_base_layer().get_parameter("weight").detach().float()
+            _factors(layer)["m"].data = torch.linalg.vector_norm(weight, dim=1)
     trainable = {id(p) for p in own.values()}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in trainable)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.records import AdapterWeights
@@ -43,7 +44,7 @@ def merge_tensor(
             magnitude = factors["m"]
             if magnitude.shape != base.shape[:1]:
                 raise ValueError(f"cannot merge into {name}: m {magnitude.shape}, expected {base.shape[:1]}")
-            direction = (magnitude / np.linalg.norm(direction, axis=1))[:, None] * direction
+            direction = (magnitude / _row_norms(direction))[:, None] * direction
         merged = narrow(direction, base.dtype)
     bad = merged.size - int(is_finite(merged).sum())
     if bad:
@@ -52,6 +53,11 @@ def merge_tensor(
             "keep serving the last good version"
         )
     return merged
+
+
+def _row_norms(direction: np.ndarray) -> np.ndarray:
+    """float32 [out], added up in torch's order: to the bit what a new adapter's m is, which then changes nothing."""
+    return torch.linalg.vector_norm(torch.from_numpy(direction), dim=1).numpy()
 
 
 def merge(base: Mapping[str, np.ndarray], adapter: AdapterWeights | None) -> dict[str, np.ndarray]:
