@@ -1,5 +1,5 @@
-"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare, assets
-or parity.
+"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare, assets,
+parity or capability.
 
 Without a verb it trains the quickstart recipe. Start it on a cluster with
 `ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml`.
@@ -29,6 +29,9 @@ from envs.assets import check_pack, resolve_assets
 from envs.experts import NoExpertError
 from envs.fingerprint import FingerprintError
 from envs.protocol import ComparisonError, compare_episodes
+from learners.capability import CapabilityError
+from learners.capability import extract as extract_vector
+from learners.capability import merge as merge_vector
 from learners.checkpoint import CheckpointError
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
@@ -36,6 +39,8 @@ from policies.published import PublishedError
 from trajectories.journal import JournalError
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
+capability = typer.Typer(no_args_is_help=True, help="Capability vectors: differences of weights (CapVector).")
+app.add_typer(capability, name="capability")
 
 QUICKSTART = Path("configs/quickstart.yaml")
 
@@ -49,6 +54,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (
+        CapabilityError,
         RecipeError,
         PlacementError,
         ParameterServerError,
@@ -185,6 +191,42 @@ def parity(
         failed += sum(not result.passed for result in results)
     typer.echo(f"parity: {compared} tensors compared, {failed} failed")
     raise typer.Exit(1 if failed or not compared else 0)
+
+
+WeightsFolder = Annotated[
+    Path, typer.Argument(help="folder with *.safetensors: published, or runs/X/checkpoints/start")
+]
+NewFolder = Annotated[Path, typer.Option(help="folder to make")]
+
+
+@capability.command()
+def extract(base: WeightsFolder, sft: WeightsFolder, aux: WeightsFolder, out: NewFolder) -> None:
+    """Take what fine-tuning with an auxiliary objective (AUX) changed beyond plain fine-tuning (SFT) of one BASE."""
+    with one_line_errors():
+        manifest = extract_vector(base, sft=sft, aux=aux, out=out)
+    total = manifest.total()
+    layers = sorted(manifest.layers.items(), key=lambda item: -item[1].gamma_norm)
+    table = Table(title="the ten weights that the vector changes most")
+    for column in ("weight", "|gamma|", "|gamma| / |delta sft|", "cos(gamma, delta sft)"):
+        table.add_column(column, justify="right")
+    for name, layer in layers[:10]:
+        table.add_row(name, f"{layer.gamma_norm:.4g}", f"{layer.ratio:.3g}", f"{layer.cosine:+.3f}")
+    Console(stderr=True).print(table)
+    result = {"vector": str(out), "base_hash": manifest.base_hash, "weights": len(layers)}
+    typer.echo(json.dumps(result | {"gamma_over_sft": total.ratio, "cosine": total.cosine}))
+
+
+@capability.command()
+def merge(
+    base: WeightsFolder,
+    vector: Annotated[Path, typer.Argument(help="a folder that `extract` made")],
+    out: NewFolder,
+    alpha: Annotated[float, typer.Option(help="how much of the vector; 0 is the base")] = 1.0,
+) -> None:
+    """Add ALPHA times a vector to the BASE it was extracted from."""
+    with one_line_errors():
+        content = merge_vector(base, vector, alpha=alpha, out=out)
+    typer.echo(json.dumps({"weights": str(out), "hash": content, "alpha": alpha}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from learners import checkpoint
 from policies.weights.shards import ShardFolder, Stored, write_shard
 from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.hashing import root_hash, tensor_hash
@@ -165,9 +166,11 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
 
     with _staged(Path(out)) as staging:
         for file in theirs.path.iterdir():
-            if file.is_file() and file.name not in theirs.files:
+            if file.is_file() and file.name not in (*theirs.files, checkpoint.MANIFEST):
                 shutil.copy2(file, staging / file.name)
         _write(theirs, list(theirs.tensors), staging, merged)
+        if (theirs.path / checkpoint.MANIFEST).is_file():  # a run's own checkpoint: so is what comes of it
+            checkpoint.seal(staging, sequence=1)
     return root_hash(hashes)
 
 

@@ -62,17 +62,22 @@ def save_checkpoint(
     try:
         save_file({key: to_tensor(np.asarray(array)) for key, array in tensors.items()}, staging / TENSORS)
         (staging / METADATA).write_text(json.dumps(dict(metadata), indent=1, sort_keys=True))
-        files = {file: _flush_and_digest(staging / file) for file in (TENSORS, METADATA)}
-        body = {"sequence": 1 + _highest_sequence(folder), "files": files}
-        (staging / MANIFEST).write_text(json.dumps({"body": body, "sha256": _digest_of(body)}, indent=1))
-        _flush(staging / MANIFEST)
-        _flush(staging)
+        seal(staging, sequence=1 + _highest_sequence(folder))
         staging.rename(target)
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _flush(folder)
     return target
+
+
+def seal(staging: Path, *, sequence: int) -> None:
+    """Flush the tensors and metadata that lie in a folder, and write the manifest that makes it a checkpoint."""
+    files = {file: _flush_and_digest(staging / file) for file in (TENSORS, METADATA)}
+    body = {"sequence": sequence, "files": files}
+    (staging / MANIFEST).write_text(json.dumps({"body": body, "sha256": _digest_of(body)}, indent=1))
+    _flush(staging / MANIFEST)
+    _flush(staging)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learners.capability import CapabilityError, extract, merge, read_manifest, read_vector
+from learners.checkpoint import load_checkpoint, save_checkpoint
 from policies.weights.shards import ShardFolder, Stored, write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +125,16 @@ def test_what_does_not_go_together_is_refused(trio: tuple[Path, Path, Path], tmp
         extract(base, sft=sft, aux=aux, out=sft)
     assert not (tmp_path / "gamma").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".staging")]
+
+
+def test_what_comes_of_a_run_s_checkpoint_is_one(tmp_path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in weights(0).items()}
+    base = save_checkpoint(tmp_path, "start", arrays, {"steps": 3})
+    extract(base, sft=base, aux=folder(tmp_path / "aux", weights(2)), out=tmp_path / "gamma")
+    merge(base, tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
+    tensors, metadata = load_checkpoint(tmp_path / "merged")
+    assert metadata == {"steps": 3}
+    np.testing.assert_allclose(tensors["head.weight"], weights(2)["head.weight"].numpy(), atol=1e-6)
 
 
 def test_a_shard_is_what_safetensors_writes(tmp_path: Path) -> None:

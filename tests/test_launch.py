@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from launch import app
@@ -186,3 +188,25 @@ def _wait_for(command: list[str], environment: dict[str, str]) -> None:
     while subprocess.run(command, env=environment, capture_output=True, check=False).returncode:
         assert time.monotonic() < deadline, "the Ray head did not come up in 90 s"
         time.sleep(1)
+
+
+def test_a_capability_vector_is_extracted_and_merged_and_another_base_refused(tmp_path: Path) -> None:
+    for name, value in {"base": 0.0, "sft": 1.0, "aux": 3.0}.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((2, 2), value)}, tmp_path / name / "model.safetensors")
+    base, sft, aux, gamma = (str(tmp_path / name) for name in ("base", "sft", "aux", "gamma"))
+    made = invoke("capability", "extract", base, sft, aux, "--out", gamma)
+    assert json.loads(made.stdout) | {"base_hash": ""} == {
+        "vector": gamma,
+        "base_hash": "",
+        "weights": 1,
+        "gamma_over_sft": 2.0,
+        "cosine": 1.0,
+    }
+    merged = invoke("capability", "merge", base, gamma, "--alpha", "0.5", "--out", str(tmp_path / "meta"))
+    assert json.loads(merged.stdout)["alpha"] == 0.5
+    assert (load_file(tmp_path / "meta" / "model.safetensors")["w"] == 1).all()
+    refused = invoke("capability", "merge", sft, gamma, "--out", str(tmp_path / "other"))
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("pairloom: ")
+    assert refused.stderr.count("\n") == 1
