@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from learners.checkpoint import CheckpointReader, load_checkpoint
-from policies.weights.adapters import adapter_from_tensors
+from policies.weights.adapter_files import adapter_from_tensors
 from policies.weights.merging import drift, merge
 from trajectories.hashing import root_hash, tensor_hash
 from trajectories.records import AdapterWeights, WeightSnapshot

@@ -20,7 +20,7 @@ from configs.world import EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets
 from envs.fingerprint import stack_fingerprint
 from learners.checkpoint import save_checkpoint
-from policies.weights.adapters import adapter_tensors
+from policies.weights.adapter_files import adapter_tensors
 from trajectories.codec import load_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell

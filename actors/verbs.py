@@ -21,7 +21,7 @@ from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, published_cells, wilson
 from learners.checkpoint import CheckpointError, load_checkpoint, verify
-from policies.weights.adapters import adapter_from_tensors
+from policies.weights.adapter_files import adapter_from_tensors
 from trajectories.codec import save_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell

@@ -45,7 +45,7 @@ from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart
 from configs.world import DemonstrationPart, TaskPart
 from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
-from policies.weights.adapters import adapter_tensors
+from policies.weights.adapter_files import adapter_tensors
 from trajectories.codec import episode_record
 from trajectories.hashing import weights_hash
 from trajectories.journal import read_journal

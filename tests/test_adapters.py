@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.schema import AdapterPart
 from policies.weights import adapters, merging
+from policies.weights.adapter_files import adapter_from_peft
 from policies.weights.snapshots import state_tensors, to_array
 from trajectories.records import AdapterWeights
 
@@ -139,7 +140,7 @@ def test_an_adapter_that_peft_saved_is_read_and_answers_alike(settings: dict, tm
                 parameter.add_(0.1 * torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    part, weights = adapters.adapter_from_peft(load_file(tmp_path / "adapter_model.safetensors"), saved)
+    part, weights = adapter_from_peft(load_file(tmp_path / "adapter_model.safetensors"), saved)
     model = tiny_llama()
     adapters.attach(model, part, seed=0, decoders=["model"], linears=saved["target_modules"])
     adapters.load(model, weights)
@@ -148,9 +149,9 @@ def test_an_adapter_that_peft_saved_is_read_and_answers_alike(settings: dict, tm
 
 def test_a_tensor_that_is_no_factor_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"lm_head\.weight is not a factor"):
-        adapters.adapter_from_peft({"lm_head.weight": np.zeros((1, 1))}, {"r": 1, "lora_alpha": 1})
+        adapter_from_peft({"lm_head.weight": np.zeros((1, 1))}, {"r": 1, "lora_alpha": 1})
     with pytest.raises(ValueError, match="lack 'lora_alpha'"):
-        adapters.adapter_from_peft({}, {"r": 1})
+        adapter_from_peft({}, {"r": 1})
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "dora_rslora"])

@@ -16,7 +16,7 @@ import pytest
 from actors.pipeline import train
 from configs.loader import load_recipe
 from learners.checkpoint import load_checkpoint
-from policies.weights.adapters import adapter_from_tensors
+from policies.weights.adapter_files import adapter_from_tensors
 from policies.weights.merging import merge
 from trajectories.codec import load_trajectory
 from trajectories.hashing import weights_hash

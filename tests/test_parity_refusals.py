@@ -13,7 +13,7 @@ import torch
 
 from policies.parity.check import check_fixture
 from policies.parity.fixture import Comparison, Fixture, FixtureError, load_fixture
-from policies.weights.adapters import adapter_from_peft
+from policies.weights.adapter_files import adapter_from_peft
 
 ROOT = Path(__file__).parents[1]
 PARITY = Path(os.environ.get("PAIRLOOM_SHARED", ROOT.parent / "shared")) / "parity"

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from policies.parity.fixture import Family, Fixture, FixtureError, Output, Outputs
 from policies.weights import adapters, merging
+from policies.weights.adapter_files import adapter_from_peft
 from policies.weights.snapshots import state_tensors
 
 _DECODER = "model"
@@ -57,7 +58,7 @@ def _settings(fixture: Fixture) -> Mapping[str, Mapping[str, Any]]:
 def _adapter(
     fixture: Fixture, saved: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, Output]:
-    part, weights = adapters.adapter_from_peft({key: t.numpy() for key, t in saved.items()}, settings)
+    part, weights = adapter_from_peft({key: t.numpy() for key, t in saved.items()}, settings)
     network = _network(fixture, fixture.weights)
     base = state_tensors(network)
     linears = settings.get("target_modules") or fixture.config.get("target_modules") or adapters.LINEARS
