@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,7 +195,7 @@ def parity(
 
 
 WeightsFolder = Annotated[
-    Path, typer.Argument(help="folder with *.safetensors: published, or runs/X/checkpoints/start")
+    Path, typer.Argument(help="folder with *.safetensors, as published or a run's checkpoints/start")
 ]
 NewFolder = Annotated[Path, typer.Option(help="folder to make")]
 
@@ -213,7 +214,8 @@ def extract(base: WeightsFolder, sft: WeightsFolder, aux: WeightsFolder, out: Ne
         table.add_row(name, f"{layer.gamma_norm:.4g}", f"{layer.ratio:.3g}", f"{layer.cosine:+.3f}")
     Console(stderr=True).print(table)
     result = {"vector": str(out), "base_hash": manifest.base_hash, "weights": len(layers)}
-    typer.echo(json.dumps(result | {"gamma_over_sft": total.ratio, "cosine": total.cosine}))
+    ratio = total.ratio if math.isfinite(total.ratio) else None
+    typer.echo(json.dumps(result | {"gamma_over_sft": ratio, "cosine": total.cosine}))
 
 
 @capability.command()

@@ -217,17 +217,18 @@ def recorded(
 ) -> Outcomes | None:
     """These cells as the run whose start was taken up has driven them, when it did so with these very weights, in the
     same way and on the same stack: to drive them again would give the same. None otherwise."""
-    if recipe.start is None or differences(
-        read_fingerprint(Path(recipe.start)), read_fingerprint(folder.path)
+    if (
+        recipe.start is None
+        or version.adapter is not None
+        or differences(read_fingerprint(Path(recipe.start)), read_fingerprint(folder.path))
     ):
         return None
     source = load_recipe(Path(recipe.start) / "recipe.yaml")
-    same = (source.environment, source.policy, source.evaluation.temperature) == (
-        recipe.environment,
-        recipe.policy,
-        recipe.evaluation.temperature,
+    ways = (
+        (r.environment, r.policy, r.serving.engine, r.serving.gpus_per_actor > 0, r.evaluation.temperature)
+        for r in (source, recipe)
     )
-    if not same:
+    if next(ways) != next(ways):
         return None
     return take_recorded(
         crew,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from envs.assets import ResolvedAssets
 from envs.fingerprint import stack_fingerprint
 from learners.checkpoint import save_checkpoint
 from policies.weights.adapter_files import adapter_tensors
-from trajectories.codec import load_trajectory
+from trajectories.codec import CodecError, load_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell
+
+log = logging.getLogger(__name__)
 
 RESTART_DEADLINE_S = 60.0
 """How long the end of a sweep waits for policy actors that are restarting."""
@@ -124,17 +127,23 @@ def take_recorded(
     }
     if not all(cell in found for cell in cells):
         return None
+    stored = source / "trajectories"
+    try:
+        kept = [
+            load_trajectory(stored / f"{found[cell]['trajectory_id']}.trajectory") for cell in cells if keep
+        ]
+    except (CodecError, OSError) as error:
+        log.warning("%s: its %s is driven again: %s", source, phase, error)
+        return None
+    ray.get([crew.store.add.remote(trajectory) for trajectory in kept])
     out = Outcomes(version=version.version)
     for cell in cells:
-        record = found[cell]
-        if keep:
-            trajectory = load_trajectory(source / "trajectories" / f"{record['trajectory_id']}.trajectory")
-            ray.get(crew.store.add.remote(trajectory))
-        folder.episode(phase, round_index, record)
-        if record["outcome"] == "fault":
+        folder.episode(phase, round_index, found[cell])
+        if found[cell]["outcome"] == "fault":
             out.faulted.add(cell)
         else:
-            out.success[cell] = record["success"]
+            out.success[cell] = found[cell]["success"]
+    log.info("%s: %d episodes are those that %s drove with these weights", phase, len(cells), source)
     return out
 
 

@@ -1,10 +1,10 @@
 """What is each part of an update worth? One round's rollouts, learned from in several ways, each driven held-out.
 
-    python -m benchmarks.updates RUN [--variants NAME,...]
+    python -m benchmarks.updates RUN [--base RECIPE] [--variants NAME,...]
 
 RUN is a finished run of `benchmarks.learning` that began from another run's start (say runs/learning-sft-s0). Its first
-round of rollouts, driven by that start, is what every variant learns from, under the recipe of the start and the
-variant's changes; so variants differ in the update alone. Held-out episodes are added to docs/results/updates.jsonl,
+round of rollouts, driven by that start, is what every variant learns from, under the base recipe with the run's seeds
+and the variant's changes; so variants differ in the update alone. Held-out episodes go to docs/results/updates.jsonl,
 what each update measured of itself to docs/results/updates-reports.jsonl, and the table is written to
 docs/results/updates.md. A variant that is in the file is not run again.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import actors  # noqa: F401  (before ray: it settles how ray authenticates)
 
 # isort: split
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,8 @@ from actors.pipeline import evaluate
 from actors.placement import Crew, connect
 from actors.run_folder import RunFolder
 from actors.stages import Version, publish
-from benchmarks.learning import START, recipe_hash, rows_of, write_table
+from benchmarks.comparison import START, write_table
+from benchmarks.learning import recipe_hash, rows_of
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from envs.assets import resolve_assets
@@ -141,10 +143,21 @@ def start_of(run: Path) -> Path:
     return Path(start)
 
 
-def measure(run: Path, variants: list[str], file: Path, notes: Path) -> None:
+def recipe_for(run: Path, base: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe `base` with a run's seeds and some changes. Raises RecipeError where the run was of other tasks,
+    another environment or another policy."""
+    ran = load_recipe(run / "recipe.yaml")
+    seeds = (f"seed={ran.seed}", f"demonstrations.seed={ran.demonstrations.seed}")
+    recipe = load_recipe(base, [*seeds, *changes])
+    for part in ("tasks", "environment", "policy"):
+        if getattr(recipe, part) != getattr(ran, part):
+            raise RecipeError(f"{run} was of another {part} than {base}; name the recipe it was run with")
+    return recipe
+
+
+def measure(run: Path, base: Path, variants: list[str], file: Path, notes: Path) -> None:
     """Run what `file` does not hold yet, and add each variant's outcomes to it as it finishes."""
-    source = start_of(run) / "recipe.yaml"
-    recipe = load_recipe(source)
+    recipe = recipe_for(run, base)
     seed = recipe.seed
     rows = read_journal(file)
     held = {(row["arm"], row["training_seed"]) for row in rows}
@@ -159,12 +172,14 @@ def measure(run: Path, variants: list[str], file: Path, notes: Path) -> None:
     try:
         for name in missing:
             version: Version | None = None
-            changed = recipe if name == START else load_recipe(source, VARIANTS[name])
+            changed = recipe if name == START else recipe_for(run, base, VARIANTS[name])
             if name == START:
                 this.drive_start()
                 started = rows_of(folder.path, recipe, START, seed, 0)
             else:
                 report, version = this.learn(changed)
+                if report["stopped"] == "skipped":
+                    raise RecipeError(f"{name} had nothing to learn from: {report['reason']}")
                 said.append({"arm": name, "training_seed": seed, "changes": VARIANTS[name], **report})
             # An update that the tripwire undid leaves the start in force.
             mine = rows_of(folder.path, changed, name, seed, version.version) if version else started
@@ -175,6 +190,9 @@ def measure(run: Path, variants: list[str], file: Path, notes: Path) -> None:
 
 def main(
     run: Annotated[Path, typer.Argument(help="a finished run that began from another run's start")],
+    base: Annotated[Path, typer.Option(help="recipe that the variants change")] = Path(
+        "configs/libero_object.yaml"
+    ),
     variants: Annotated[str, typer.Option(help="variants to run")] = ",".join(VARIANTS),
     output: Annotated[Path, typer.Option(help="folder of the table and the episodes")] = Path("docs/results"),
 ) -> None:
@@ -184,7 +202,7 @@ def main(
         raise typer.BadParameter(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
     output.mkdir(parents=True, exist_ok=True)
     file = output / "updates.jsonl"
-    measure(run, chosen, file, output / "updates-reports.jsonl")
+    measure(run, base, chosen, file, output / "updates-reports.jsonl")
     write_table(file, start_of(run))
 
 

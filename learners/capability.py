@@ -64,8 +64,8 @@ class Manifest:
     """Content hash of theta_pre (`trajectories.hashing`)."""
     sft_hash: str
     aux_hash: str
-    recipes: Mapping[str, str]
-    """Recipe hash of each of the two runs, by `sft` and `aux`; empty where they are not runs."""
+    gamma_hash: str
+    """Of the vector itself."""
     layers: Mapping[str, Geometry]
     """By weight."""
 
@@ -85,7 +85,6 @@ def extract(
     sft: str | Path,
     aux: str | Path,
     out: str | Path,
-    recipes: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write gamma = theta_aux - theta_sft (Eq. 3) to the folder `out`, in the dtype and the files of `base`.
 
@@ -105,6 +104,7 @@ def extract(
             raise CapabilityError(f"{name} has shapes {shapes}; expected runs of one base")
     hashes: dict[str, dict[str, str]] = {"base": {}, "sft": {}, "aux": {}}
     layers: dict[str, Geometry] = {}
+    gammas: dict[str, str] = {}
 
     def gamma_of(name: str) -> np.ndarray:
         found = {who: folder.read(name) for who, folder in folders.items()}
@@ -113,12 +113,15 @@ def extract(
             hashes[who][name] = tensor_hash(array)
         wide = {who: widen(array) for who, array in found.items()}
         gamma, moved = wide["aux"] - wide["sft"], wide["sft"] - wide["base"]
+        kept = narrow(gamma, found["base"].dtype).reshape(gamma.shape)
+        _require_finite(kept, name, where=f"{aux} - {sft}")
+        gammas[name] = tensor_hash(kept)
         layers[name] = Geometry(
             gamma_norm=float(np.linalg.norm(gamma)),
             sft_norm=float(np.linalg.norm(moved)),
             inner=float(np.vdot(gamma, moved)),
         )
-        return narrow(gamma, found["base"].dtype)
+        return kept
 
     with _staged(Path(out)) as staging:
         _write(folders["base"], names, staging, gamma_of)
@@ -130,7 +133,7 @@ def extract(
             base_hash=root_hash(hashes["base"]),
             sft_hash=root_hash(hashes["sft"]),
             aux_hash=root_hash(hashes["aux"]),
-            recipes=dict(recipes or {}),
+            gamma_hash=root_hash(gammas),
             layers=layers,
         )
         (staging / MANIFEST).write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
@@ -152,6 +155,12 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
             f"{vector} was extracted from the base {manifest.base_hash[:12]}, {base} is {found[:12]}; merge it into "
             "the one it came from"
         )
+    held = root_hash({name: tensor_hash(gammas.read(name)) for name in gammas.tensors})
+    if held != manifest.gamma_hash:
+        raise CapabilityError(
+            f"{vector} is incomplete or altered: it hashes to {held[:12]}, {MANIFEST} says {manifest.gamma_hash[:12]}; "
+            "extract it again"
+        )
     hashes: dict[str, str] = {}
 
     def merged(name: str) -> np.ndarray:
@@ -159,17 +168,22 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
         if alpha and name in gammas.tensors:
             with np.errstate(over="ignore", invalid="ignore"):
                 total = widen(array) + np.float32(alpha) * widen(gammas.read(name))
-                array = narrow(total, array.dtype)
+                array = narrow(total, array.dtype).reshape(array.shape)
             _require_finite(array, name, where=f"{base} + {alpha:g} {vector}")
         hashes[name] = tensor_hash(array)
         return array
 
     with _staged(Path(out)) as staging:
-        for file in theirs.path.iterdir():
-            if file.is_file() and file.name not in (*theirs.files, checkpoint.MANIFEST):
-                shutil.copy2(file, staging / file.name)
+        own = (theirs.path / checkpoint.METADATA).is_file()
+        replaced = (*theirs.files, *((checkpoint.MANIFEST,) if own else ()))
+        shutil.copytree(
+            theirs.path,
+            staging,
+            dirs_exist_ok=True,
+            ignore=lambda folder, _: replaced if Path(folder) == theirs.path else (),
+        )
         _write(theirs, list(theirs.tensors), staging, merged)
-        if (theirs.path / checkpoint.MANIFEST).is_file():  # a run's own checkpoint: so is what comes of it
+        if own:  # a run's own checkpoint: so is what comes of it
             checkpoint.seal(staging, sequence=1)
     return root_hash(hashes)
 
@@ -189,12 +203,6 @@ def read_manifest(vector: str | Path) -> Manifest:
         raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
 
 
-def read_vector(vector: str | Path) -> dict[str, np.ndarray]:
-    """All of gamma in memory, by weight: what a penalty holds updates apart from."""
-    folder = _folder(vector)
-    return {name: folder.read(name) for name in folder.tensors}
-
-
 def _folder(path: str | Path) -> ShardFolder:
     try:
         return ShardFolder(path)
@@ -207,7 +215,7 @@ def _write(like: ShardFolder, names: list[str], folder: Path, array_of: Callable
     for file in like.files:
         here: dict[str, Stored] = {n: like.tensors[n] for n in names if like.tensors[n].file == file}
         if here:
-            write_shard(folder / file, here, ((name, array_of(name)) for name in here))
+            write_shard(folder / file, here, ((name, array_of(name)) for name in here), like.metadata[file])
 
 
 @contextmanager

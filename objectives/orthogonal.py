@@ -8,6 +8,8 @@ presses Delta to zero wherever gamma is large. The squared cosine has no such pu
 With LoRA Delta = s B A, and a gamma of two adapters is a product U V of rank 2 r. Inner products and norms of such
 are traces of small Gram matrices, so nothing of the size of the weights is made (`LowRank`).
 
+No learner applies these yet.
+
 Letters: m rows and n columns of a weight, r and q ranks.
 """
 

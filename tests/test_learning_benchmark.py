@@ -10,7 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import learning
-from benchmarks.learning import ARMS, START, check_held, measure, overrides_of, recipe_hash, table
+from benchmarks.comparison import START, table
+from benchmarks.learning import ARMS, check_held, measure, overrides_of, recipe_hash
+from benchmarks.paradigms import row
+from benchmarks.updates import VARIANTS, recipe_for
 from configs.loader import RecipeError, dump_recipe, load_recipe
 from trajectories.journal import Journal, read_journal
 
@@ -63,8 +66,17 @@ def test_every_arm_is_a_recipe_of_its_own_and_its_seeds_are_one(recipe: Path, ar
     assert one.start == (None if arm == START else "runs/x-start-s0")
     assert recipe_hash(one) == recipe_hash(other)
     assert re.fullmatch("[0-9a-f]{8}", recipe_hash(one))
-    changed = load_recipe(recipe, overrides_of("x", arm, 0, Path("elsewhere"), ["preference.beta=0.3"]))
+    changed = load_recipe(recipe, overrides_of("x", arm, 0, Path("elsewhere"), ["supervised.lr=0.3"]))
     assert recipe_hash(changed) != recipe_hash(one)
+
+
+def test_a_start_s_own_run_learns_nothing_and_so_reads_no_setting_of_an_update() -> None:
+    one, other = (
+        load_recipe(RECIPE, overrides_of("x", START, 0, Path("r"), [change]))
+        for change in ("preference.beta=0.3", "adapter.rank=4")
+    )
+    assert one.rollouts.rounds == 1
+    assert recipe_hash(one) == recipe_hash(other)
 
 
 def test_arms_differ_in_what_they_learn_from() -> None:
@@ -133,7 +145,7 @@ def test_a_finished_run_of_other_settings_is_refused(root: Path, tmp_path: Path)
         measure(RECIPE, ["sft"], [0], file, root, changes)
     assert str(refusal.value) == (
         f"{root}/mine-start-s0 was run under other settings: supervised.steps is 800 there and 7 here; "
-        "preference.beta is 0.1 there and 0.3 here; give another --name, or remove that run and its rows"
+        "give another --name, or remove that run and its rows"
     )
     assert not file.exists()
 
@@ -185,6 +197,36 @@ def test_the_command_says_what_the_table_is_of(
         "pairloom: runs/mine-sft-s0 was run under other settings: rollouts.rounds is 1"
     )
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_an_update_learns_something(root: Path, variant: str) -> None:
+    changed = recipe_for(root / "mine-sft-s0", RECIPE, VARIANTS[variant])
+    assert changed.preference.success_weight > 0
+    assert changed.start is None
+
+
+def test_variants_of_another_recipe_than_the_run_s_are_refused(root: Path) -> None:
+    with pytest.raises(RecipeError, match="mine-sft-s0 was of another tasks than"):
+        recipe_for(root / "mine-sft-s0", ROOT / "configs" / "quickstart.yaml")
+
+
+def test_a_paradigm_s_line_is_of_the_seeds_that_every_arm_has() -> None:
+    start, sft = rows(START, 0, [0, 0]) + rows(START, 1, [0, 1]), rows("sft", 0, [1, 1])
+    assert row("flow", "tiny", start) is None
+    line = row("flow", "tiny", start + sft)
+    assert line is not None
+    assert [cell.strip() for cell in line.split("|")[1:6]] == [
+        "flow",
+        "`tiny`",
+        "1 x 2",
+        "0.0 % (0.0-65.8)",
+        "100.0 % (34.2-100.0)",
+    ]
+    assert line.count("| - ") == 4
+    whole = row("flow", "tiny", start + sft + rows("dpo-dora", 0, [1, 0]))
+    assert whole is not None
+    assert "1 better, 0 worse" in whole
 
 
 def test_the_recorded_outcomes_make_the_recorded_table() -> None:

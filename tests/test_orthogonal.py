@@ -53,13 +53,13 @@ def test_the_cosine_has_no_scale_and_the_elementwise_penalty_has() -> None:
 
 
 def test_the_elementwise_penalty_bounds_the_inner_product() -> None:
-    gamma, delta = torch.randn(8, 8), torch.randn(8, 8)
+    gamma, delta = (dense(low_rank(8, 8, 8, seed=seed)) for seed in (4, 5))
     assert elementwise_penalty({"w": gamma}, {"w": delta}) >= inner(gamma, delta).abs()
 
 
 def test_no_vector_costs_nothing() -> None:
-    delta = {"w": torch.randn(3, 4)}
-    nothing = {"w": torch.zeros(3, 4)}
+    delta = {"w": dense(low_rank(3, 2, 4, seed=6))}
+    nothing = {"w": torch.zeros(3, 4, dtype=torch.float64)}
     assert cosine_penalty(nothing, delta).item() == elementwise_penalty(nothing, delta).item() == 0
 
 

@@ -44,7 +44,8 @@ def test_openpis_numbers_come_out(name: str) -> None:
     assert [c for c in comparisons.values() if not c.passed] == []
     assert set(comparisons) == set(fixture.expected)
     close = ("v_t", "v_t_joint", "sample_actions", "sample_actions_4steps", "image_features")
-    assert max(comparisons[name].difference for name in close) < 1e-5
+    # 2e-5 on one processor, 3e-6 on another: kernels sum in different orders.
+    assert max(comparisons[name].difference for name in close) < 5e-5
 
 
 @pytest.mark.parametrize("name", ["pi0_tiny", "pi05_tiny"])

@@ -32,8 +32,8 @@ def attach(
 ) -> None:
     """Add a trainable adapter, in place, to those `linears` of every layer of each `module.<decoder>`; default all.
 
-    Everything else is frozen. At first the adapter changes nothing, merged not a bit: B = 0 and, for DoRA, m = row
-    norms of W. `seed` fixes A. The adapted layers keep their names; their weight moves to
+    Everything else is frozen. At first the adapter changes nothing (merged on a CPU, not a bit): B = 0 and, for DoRA,
+    m = row norms of W. `seed` fixes A. The adapted layers keep their names; their weight moves to
     `<layer>.base_layer.weight`, so read the base tensors first. Its own parameters are float32 whatever the network's
     dtype. Raises ValueError for a decoder in which no linear of a Llama layer is found, or for a linear that such a
     layer does not have.

@@ -47,9 +47,8 @@ class ShardFolder:
 
     Example:
         folder = ShardFolder("checkpoints/openvla-7b")
-        for file in folder.files:
-            for name in folder.names(file):
-                folder.read(name)
+        for name in folder.tensors:
+            folder.read(name)
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,6 +56,8 @@ class ShardFolder:
         name in two files, or integers."""
         self.path = Path(path)
         self.tensors: dict[str, Stored] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        """File -> what it says of itself; official readers ask for `format`."""
         self.files = sorted(file.name for file in self.path.glob("*.safetensors"))
         if not self.files:
             raise ValueError(f"{path} has no *.safetensors file; expected a folder with weights")
@@ -65,10 +66,6 @@ class ShardFolder:
                 if name in self.tensors:
                     raise ValueError(f"{self.path}: {name} is in {self.tensors[name].file} and in {file}")
                 self.tensors[name] = stored
-
-    def names(self, file: str) -> list[str]:
-        """The tensors of one file."""
-        return [name for name, stored in self.tensors.items() if stored.file == file]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in memory of its own (bfloat16: `trajectories.bfloat16`). The file is open for that long only:
@@ -80,6 +77,7 @@ class ShardFolder:
         where = str(self.path / file)
         try:
             with safe_open(where, framework="pt") as opened:
+                self.metadata[file] = dict(opened.metadata() or {})
                 for name in opened.keys():  # noqa: SIM118  (no mapping: it has keys alone)
                     part = opened.get_slice(name)
                     refuse_integers(name, part.get_dtype(), where=where)
@@ -88,12 +86,17 @@ class ShardFolder:
             raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def write_shard(path: Path, stored: Mapping[str, Stored], arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_shard(
+    path: Path,
+    stored: Mapping[str, Stored],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
+) -> None:
     """Write a safetensors file front to back and flush it to the disk; `arrays` come in the order of `stored`.
 
     Raises ValueError for an array that is not what `stored` says of it, or for one too few or too many.
     """
-    header: dict[str, dict[str, object]] = {}
+    header: dict[str, dict[str, object]] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, what in stored.items():
         header[name] = {
