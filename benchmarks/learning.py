@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,7 @@ SEEDS = ("seed", "demonstrations.seed")
 _PLACES = ("name", "root", "start")
 """Settings that say where a run lies, not what it does."""
 _OF_UPDATES = ("preference.", "adapter.", "guard.")
+"""Parts that an update alone reads."""
 
 
 def run_name(name: str, arm: str, seed: int) -> str:
@@ -86,11 +88,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
             found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         return found
 
-    part = recipe.preference
-    learns = part.preference_weight or part.proximal_weight or part.anchor_weight
-    learns = learns or part.success_weight or part.demo_weight
-    unread = () if learns else _OF_UPDATES
     told = flat(recipe.model_dump(mode="json"), "")
+    weights = [value for path, value in told.items() if re.fullmatch(r"preference\.\w+_weight", path)]
+    unread = () if any(weights) else _OF_UPDATES
     return {path: v for path, v in told.items() if path not in _PLACES and not path.startswith(unread)}
 
 
