@@ -202,7 +202,11 @@ def main(
         raise typer.BadParameter(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
     output.mkdir(parents=True, exist_ok=True)
     file = output / "updates.jsonl"
-    measure(run, base, chosen, file, output / "updates-reports.jsonl")
+    try:
+        measure(run, base, chosen, file, output / "updates-reports.jsonl")
+    except RecipeError as error:
+        typer.echo(f"pairloom: {error}", err=True)
+        raise typer.Exit(2) from error
     write_table(file, start_of(run))
 
 
