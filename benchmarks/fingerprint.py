@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "ray", "mujoco", "robosuit
 
 
 def software_fingerprint() -> dict[str, Any]:
-    """Versions, processor and threads of this process, ready for JSON. Packages are named as on PyPI."""
+    """Versions, processor and threads of this process, ready for JSON. Packages are named as on PyPI;
+    what is not installed is left out."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -25,7 +26,7 @@ def software_fingerprint() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpu": device,
         "torch_threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
 
 
@@ -33,6 +34,13 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write one measurement, making its folder; ends with a newline, keys in the order given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -1,9 +1,11 @@
 """Time and memory of acting, scoring and one preference step at published size, on one CUDA device.
 
-    python -m benchmarks.real_size [--models openvla,pi05] [--batches 1,8] [--micro-batch 8] [--output FILE]
+    python -m benchmarks.real_size [--models openvla,pi05,ddvla] [--adapters lora,dora] [--batches 1,8]
+                                   [--micro-batch 8] [--output FILE]
 
 Weights are random, which changes neither time nor memory; they are made on the device, so no checkpoint is needed.
-Each model's device memory is freed before the next. Peak memory is torch's own count of what it had allocated.
+Each model's device memory is freed before the next. Peak memory is torch's own count of what it had allocated. What
+does not fit the device is reported as such, and the rest is measured all the same.
 """
 
 from __future__ import annotations
@@ -11,36 +13,41 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.published_sizes import openvla_7b
-from configs.policy import FlowPart
+from configs.policy import DiffusionPart, FlowPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from learners.preference import PreferenceLearner
 from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.modules import ModuleDecoder
+from policies.diffusion import DiffusionPolicy
 from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
 from policies.openvla.actions import ActionStatistics, OpenVLAActions
 from policies.openvla.images import openvla_view
 from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.layout import OpenVLALayout
+from policies.openvla.network import OpenVLA
 from policies.pi0.inputs import PlainInputs
 from policies.pi0.network import Pi0Network
 from policies.pi0.sizes import PI05, Pi0Config
 from policies.protocol import Policy
 from trajectories.records import Cell, Decision, Observation, Outcome, PreferencePair, Trajectory
 
+Method = Literal["lora", "dora"]
+Measured = dict[str, float] | None
+GIB = 1 << 30
 PROMPT = "pick up the alphabet soup and place it in the basket"
 
 
@@ -63,18 +70,14 @@ def draw_weights(network: torch.nn.Module) -> None:
 
 def openvla(layout: OpenVLALayout, device: torch.device, dtype: torch.dtype) -> Policy:
     """A token policy of the layout's size with random weights."""
-    network = layout.allocate(device=device, dtype=dtype)
-    draw_weights(network)
-    unit = ActionStatistics(q01=-np.ones(7), q99=np.ones(7), mask=np.array([True] * 6 + [False]))
-    size = layout.towers[0].img_size
-    inputs = OpenVLAInputs(
-        prompts=WordPrompts(),
-        actions=OpenVLAActions(layout.actions, unit),
-        chunk=1,
-        image_size=size,
-        view=partial(openvla_view, size=size),
-    )
-    return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
+    network = _openvla_network(layout, device, dtype)
+    return AutoregressivePolicy(network, inputs=_openvla_inputs(layout, chunk=1), decoder=ModuleDecoder)
+
+
+def ddvla(layout: OpenVLALayout, device: torch.device, dtype: torch.dtype) -> Policy:
+    """A discrete-diffusion policy of the layout's size with random weights, unmasking eight actions at once."""
+    network = _openvla_network(layout, device, dtype)
+    return DiffusionPolicy(network, inputs=_openvla_inputs(layout, chunk=8), part=DiffusionPart())
 
 
 def pi05(config: Pi0Config, device: torch.device, dtype: torch.dtype) -> Policy:
@@ -93,6 +96,24 @@ def pi05(config: Pi0Config, device: torch.device, dtype: torch.dtype) -> Policy:
     return FlowPolicy(network, inputs=inputs, part=FlowPart(), chunk=5)
 
 
+def _openvla_network(layout: OpenVLALayout, device: torch.device, dtype: torch.dtype) -> OpenVLA:
+    network = layout.allocate(device=device, dtype=dtype)
+    draw_weights(network)
+    return network
+
+
+def _openvla_inputs(layout: OpenVLALayout, *, chunk: int) -> OpenVLAInputs:
+    unit = ActionStatistics(q01=-np.ones(7), q99=np.ones(7), mask=np.array([True] * 6 + [False]))
+    size = layout.towers[0].img_size
+    return OpenVLAInputs(
+        prompts=WordPrompts(),
+        actions=OpenVLAActions(layout.actions, unit),
+        chunk=chunk,
+        image_size=size,
+        view=partial(openvla_view, size=size),
+    )
+
+
 def observations(count: int, size: int) -> list[Observation]:
     """Noise for images: what a picture shows does not change what it costs."""
     rng = np.random.default_rng(0)
@@ -108,29 +129,53 @@ def observations(count: int, size: int) -> list[Observation]:
 
 
 def measure(
-    policy: Policy, *, image_size: int, batches: Sequence[int], micro_batch: int, repeats: int
+    build: Callable[[], Policy],
+    *,
+    image_size: int,
+    batches: Sequence[int],
+    methods: Sequence[Method],
+    micro_batch: int,
+    repeats: int,
 ) -> dict[str, Any]:
-    """Parameters, and milliseconds and peak bytes of each of `act`, `score` and a preference step."""
-    device = next(policy.module.parameters()).device
-    timed = partial(_timed, device=device, repeats=repeats)
+    """Parameters, and milliseconds and peak bytes of `act` and `score` by batch and of a preference step by adapter
+    method: `act_1`, `score_1`, `step_lora`, ... What the device has no memory for is None."""
+    policy = build()
+    timed = partial(_timed, device=next(policy.module.parameters()).device, repeats=repeats)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in policy.module.parameters())}
     for count in batches:
-        seen = observations(count, image_size)
-        act = partial(policy.act, seen, seeds=range(count), temperature=1.0)
-        chunks = [sample.model_chunk for sample in act()]
-        found[f"act_{count}"] = timed(act)
-        batch = policy.batch(seen, chunks)
-        with torch.no_grad():
-            found[f"score_{count}"] = timed(partial(policy.score, batch, noise_keys=torch.arange(count)))
-    pairs = [
-        PreferencePair(
-            chosen=_episode(policy, 0, "success", image_size),
-            rejected=_episode(policy, 1, "timeout", image_size),
+        found |= _passes(policy, observations(count, image_size), timed)
+    pair = PreferencePair(
+        chosen=_episode(policy, 0, "success", image_size),
+        rejected=_episode(policy, 1, "timeout", image_size),
+    )
+    for turn, method in enumerate(methods):
+        if turn:  # an adapter cannot be taken off again
+            del policy
+            _free()
+            policy = build()
+        found[f"step_{method}"] = timed(
+            partial(_learner(policy, method, micro_batch).update, [pair], [pair.chosen], [])
         )
-    ]
-    learner = PreferenceLearner(
+    return found
+
+
+def _passes(
+    policy: Policy, seen: Sequence[Observation], timed: Callable[[Callable[[], object]], Measured]
+) -> dict[str, Measured]:
+    """`act` and `score` on one batch."""
+    count = len(seen)
+    act = partial(policy.act, seen, seeds=range(count), temperature=1.0)
+    found = {f"act_{count}": timed(act)}
+    batch = policy.batch(seen, [sample.model_chunk for sample in act()])
+    with torch.no_grad():
+        found[f"score_{count}"] = timed(partial(policy.score, batch, noise_keys=torch.arange(count)))
+    return found
+
+
+def _learner(policy: Policy, method: Method, micro_batch: int) -> PreferenceLearner:
+    return PreferenceLearner(
         policy,
-        adapter=AdapterPart(method="lora", rank=32, alpha=64),
+        adapter=AdapterPart(method=method, rank=32, alpha=64),
         preference=PreferencePart(
             reference="start", credit="uniform", demo_weight=0, steps=1, micro_batch=micro_batch
         ),
@@ -138,8 +183,6 @@ def measure(
         base_hash="",
         seed=0,
     )
-    found["preference_step"] = timed(partial(learner.update, pairs, [pairs[0].chosen], []))
-    return found
 
 
 def _episode(policy: Policy, seed: int, outcome: Outcome, size: int) -> Trajectory:
@@ -157,64 +200,89 @@ def _episode(policy: Policy, seed: int, outcome: Outcome, size: int) -> Trajecto
     )
 
 
-def _timed(task: Callable[[], object], *, device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds after one round of warming up, and the most device memory in use; 0 off CUDA."""
+def _timed(task: Callable[[], object], *, device: torch.device, repeats: int) -> Measured:
+    """Median milliseconds after one round of warming up, and the most device memory in use (0 off CUDA); None where
+    the device has not enough."""
     cuda = device.type == "cuda"
-    task()
     durations = []
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(repeats):
-        started = time.perf_counter()
+    try:
         task()
         if cuda:
-            torch.cuda.synchronize(device)
-        durations.append(time.perf_counter() - started)
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(repeats):
+            started = time.perf_counter()
+            task()
+            if cuda:
+                torch.cuda.synchronize(device)
+            durations.append(time.perf_counter() - started)
+    except torch.cuda.OutOfMemoryError:
+        _free()
+        return None
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     return {"ms": round(1000 * statistics.median(durations), 2), "peak_bytes": float(peak)}
 
 
-@contextmanager
-def _freed() -> Iterator[None]:
-    yield
+def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
 
 
+def show(result: Mapping[str, Any], names: Sequence[str]) -> Table:
+    """Milliseconds and GiB at the peak, one row a measurement."""
+    table = Table("", *names, title=f"{result['device']}: ms, and GiB at the peak")
+    for key in [key for key in result[names[0]] if key != "parameters"]:
+        table.add_row(key, *(shown(result[name][key]) for name in names))
+    return table
+
+
+def shown(one: Measured) -> str:
+    """One measurement in words."""
+    return f"{one['ms']:.0f} ms, {one['peak_bytes'] / GIB:.1f} GiB" if one else "out of memory"
+
+
 def main(
-    models: Annotated[str, typer.Option(help="openvla, pi05 or both, separated by commas")] = "openvla,pi05",
+    models: Annotated[str, typer.Option(help="which, separated by commas")] = "openvla,pi05,ddvla",
+    adapters: Annotated[str, typer.Option(help="adapter methods, separated by commas")] = "lora,dora",
     batches: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8",
     micro_batch: Annotated[int, typer.Option(help="decisions in one pass of the step", min=1)] = 8,
     repeats: Annotated[int, typer.Option(help="timed runs of each", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
 ) -> None:
-    """Measure, print JSON, and write it when asked. Without a CUDA device: one line, and exit code 2."""
+    """Measure, print a table, and write JSON when asked, after each model. Without a CUDA device: one line, and exit
+    code 2."""
     if not torch.cuda.is_available():
         typer.echo("pairloom: benchmarks.real_size needs a CUDA device, and torch finds none here", err=True)
         raise typer.Exit(2)
     device, dtype = torch.device("cuda"), torch.bfloat16
-    sizes = [int(size) for size in batches.split(",")]
     build: dict[str, Callable[[], Policy]] = {
         "openvla": lambda: openvla(openvla_7b(), device, dtype),
         "pi05": lambda: pi05(PI05, device, dtype),
+        "ddvla": lambda: ddvla(openvla_7b(), device, dtype),
     }
-    result: dict[str, Any] = {"dtype": "bfloat16", "micro_batch": micro_batch}
-    for name in models.split(","):
-        if name not in build:
-            typer.echo(f"pairloom: models must be openvla or pi05, got {name!r}", err=True)
+    names, methods = models.split(","), adapters.split(",")
+    for given, known, what in ((names, build, "models"), (methods, ("lora", "dora"), "adapters")):
+        if unknown := [one for one in given if one not in known]:
+            typer.echo(f"pairloom: {what} are {', '.join(known)}; got {unknown[0]!r}", err=True)
             raise typer.Exit(2)
-        with _freed():
-            result[name] = measure(
-                build[name](),
-                image_size=PI05.vision.image,
-                batches=sizes,
-                micro_batch=micro_batch,
-                repeats=repeats,
-            )
-    result["fingerprint"] = software_fingerprint()
-    Console().print_json(data=result)
-    if output is not None:
-        write_json(output, result)
+    result: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "micro_batch": micro_batch,
+        "device": torch.cuda.get_device_name(device),
+        "fingerprint": software_fingerprint(),
+    }
+    for name in names:
+        result[name] = measure(
+            build[name],
+            image_size=PI05.vision.image,
+            batches=[int(size) for size in batches.split(",")],
+            methods=cast(Sequence[Method], methods),
+            micro_batch=micro_batch,
+            repeats=repeats,
+        )
+        _free()
+        if output is not None:
+            write_json(output, result)
+    Console(width=160).print(show(result, names))
 
 
 if __name__ == "__main__":

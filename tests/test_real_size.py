@@ -71,6 +71,16 @@ def test_the_readme_quotes_the_recorded_table() -> None:
         assert f"| `{name}` | {' | '.join(cells)} |" in readme
 
 
+def test_the_results_quote_the_recorded_real_sizes() -> None:
+    recorded = json.loads((ROOT / "docs/benchmarks/real_size.json").read_text())
+    results = (ROOT / "docs/results.md").read_text()
+    networks = [recorded[name] for name in ("openvla", "pi05", "ddvla")]
+    assert [network.pop("parameters") for network in networks] == [OPENVLA, PI05, OPENVLA]
+    for key in networks[0]:
+        cells = [real_size.shown(network[key]) for network in networks]
+        assert f"| `{key}` | {' | '.join(cells)} |" in results
+
+
 def test_without_a_cuda_device_it_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
@@ -89,30 +99,32 @@ def test_without_a_cuda_device_it_says_so() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [("openvla", OPENVLA), ("pi05", PI05)])
 def test_real_sizes_act_score_and_learn_on_a_gpu(name: str, parameters: int) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
-    if name == "openvla":
-        policy = real_size.openvla(openvla_7b(), device, dtype)
-    else:
-        policy = real_size.pi05(PI05_CONFIG, device, dtype)
-    found = real_size.measure(policy, image_size=224, batches=[1], micro_batch=2, repeats=1)
+    build = {
+        "openvla": lambda: real_size.openvla(openvla_7b(), device, dtype),
+        "pi05": lambda: real_size.pi05(PI05_CONFIG, device, dtype),
+    }[name]
+    found = real_size.measure(build, image_size=224, batches=[1], methods=["lora"], micro_batch=2, repeats=1)
     assert found.pop("parameters") == parameters
-    assert set(found) == {"act_1", "score_1", "preference_step"}
+    assert set(found) == {"act_1", "score_1", "step_lora"}
     for one in found.values():
         assert one["ms"] > 0
         assert one["peak_bytes"] > 2 * parameters  # bfloat16 weights, and what a pass adds
 
 
-@pytest.mark.parametrize("name", ["openvla", "pi05"])
+@pytest.mark.parametrize("name", ["openvla", "pi05", "ddvla"])
 def test_what_is_measured_runs_at_tiny_size(name: str) -> None:
-    cpu = torch.device("cpu")
-    if name == "openvla":
-        layout = openvla_layout(openvla_tiny.CONFIG, where="test")
-        policy = real_size.openvla(layout, cpu, torch.bfloat16)
-    else:
-        config = replace(PI0, adaptive=True)
-        policy = real_size.pi05(config, cpu, torch.bfloat16)
-    assert {p.dtype for p in policy.module.parameters()} == {torch.bfloat16}
-    parameters = sum(p.numel() for p in policy.module.parameters())
-    found = real_size.measure(policy, image_size=28, batches=[1, 2], micro_batch=2, repeats=1)
-    assert found["parameters"] == parameters
-    assert set(found) == {"parameters", "act_1", "score_1", "act_2", "score_2", "preference_step"}
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    layout = openvla_layout(openvla_tiny.CONFIG, where="test")
+    build = {
+        "openvla": lambda: real_size.openvla(layout, cpu, dtype),
+        "pi05": lambda: real_size.pi05(replace(PI0, adaptive=True), cpu, dtype),
+        "ddvla": lambda: real_size.ddvla(layout, cpu, dtype),
+    }[name]
+    network = build().module
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    found = real_size.measure(
+        build, image_size=28, batches=[1, 2], methods=["lora", "dora"], micro_batch=2, repeats=1
+    )
+    assert found["parameters"] == sum(p.numel() for p in network.parameters())
+    assert set(found) == {"parameters", "act_1", "score_1", "act_2", "score_2", "step_lora", "step_dora"}
     assert all(found[key]["ms"] > 0 for key in found if key != "parameters")
