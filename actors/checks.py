@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,27 +12,52 @@ from configs.policy import PolicyPart
 from configs.schema import Recipe
 from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
+from learners.capability import read_manifest
 from learners.checkpoint import verify
 from policies.make import make_policy
 from policies.published import check_published
+from policies.weights.shards import ShardFolder
 
 
 def check_policy(recipe: Recipe) -> int:
     """Bytes of one copy of published weights, once they are found to fit; 0 for a policy made here.
 
-    Raises PublishedError naming what is wrong with `policy.checkpoint`, and RecipeError unless a policy can be built of
-    the recipe's sizes, for which no memory is taken.
+    Raises PublishedError naming what is wrong with `policy.checkpoint`, RecipeError unless a policy can be built of the
+    recipe's sizes, for which no memory is taken, and unless the weights and the capability vector that training is to
+    begin with are of that policy, and CheckpointError or CapabilityError for damaged ones.
     """
     if recipe.policy.checkpoint is not None:
         return check_published(recipe.policy, image_size=recipe.environment.image_size)
     try:
         with torch.device("meta"):
-            make_policy(
+            policy = make_policy(
                 recipe.policy, image_size=recipe.environment.image_size, seed=0, device=torch.device("meta")
             )
     except ValueError as error:
         raise RecipeError(f"policy: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in policy.module.state_dict().items()}
+    if recipe.start is None and recipe.supervised.init is not None:
+        verify(recipe.supervised.init)
+        _check_weights("supervised.init", recipe.supervised.init, shapes)
+    if recipe.capability.weight and recipe.capability.vector is not None:
+        read_manifest(recipe.capability.vector)
+        _check_weights("capability.vector", recipe.capability.vector, shapes)
     return 0
+
+
+def _check_weights(setting: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise RecipeError unless these are weights, by name and shape, of the recipe's policy; their headers are read."""
+    try:
+        found = {name: stored.shape for name, stored in ShardFolder(path).tensors.items()}
+    except ValueError as error:
+        raise RecipeError(f"{setting}: {error}") from error
+    odd = next((name for name in shapes if found.get(name) != shapes[name]), None)
+    if odd is not None:
+        there = f"of shape {list(found[odd])}" if odd in found else "missing"
+        raise RecipeError(
+            f"{setting}: {odd} is {there} in {path}, this recipe's policy has {list(shapes[odd])}; name weights of the "
+            "same policy"
+        )
 
 
 def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:

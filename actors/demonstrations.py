@@ -11,7 +11,7 @@ import ray
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from actors.stages import cell_of
-from configs.world import DemonstrationPart, TaskPart
+from configs.schema import Recipe
 from trajectories.records import Cell, Trajectory
 
 MAX_ATTEMPTS = 5
@@ -22,20 +22,22 @@ class DemonstrationError(RuntimeError):
     """The scripted expert keeps failing."""
 
 
-def demonstrate(
-    crew: Crew, folder: RunFolder, tasks: TaskPart, part: DemonstrationPart, *, chunk: int
-) -> list[Trajectory]:
+def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajectory]:
     """Collect `per_task` successful perturbed demonstrations of every task, from the demonstration states in turn.
 
     An attempt that failed, or ended in a fault, is counted and tried again from the same state with another seed.
     Raises DemonstrationError naming the tasks whose expert fails MAX_ATTEMPTS times over.
     """
+    tasks, part = recipe.tasks, recipe.demonstrations
+    depth = recipe.supervised.auxiliary == "spatial"
     kept: list[Trajectory] = []
     missing = [(task, number) for task in tasks.task_ids for number in range(part.per_task)]
     started = time.monotonic()
 
     def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
-        return actor.demonstration.options(num_returns=2).remote(cell, part=part, chunk=chunk)
+        return actor.demonstration.options(num_returns=2).remote(
+            cell, part=part, chunk=recipe.policy.chunk, depth=depth
+        )
 
     with progress_bar("demos", len(missing)) as bar:
         for attempt in range(MAX_ATTEMPTS):

@@ -9,8 +9,11 @@ import ray
 import torch
 
 from configs.policy import PolicyPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.supervised import CapabilityPart, SupervisedPart
+from learners.capability import load_vector
 from learners.checkpoint import load_checkpoint, save_checkpoint
+from learners.orthogonality import full_penalty
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
@@ -28,6 +31,7 @@ class Learner:
         *,
         policy: PolicyPart,
         supervised: SupervisedPart,
+        capability: CapabilityPart,
         adapter: AdapterPart,
         preference: PreferencePart,
         guard: GuardPart,
@@ -44,6 +48,8 @@ class Learner:
             preference,
             guard,
         )
+        self._capability = capability
+        self._vector = load_vector(capability.vector) if capability.vector and capability.weight else None
         self._seed = seed
         self._monitor = monitor
         self._policy = make_policy(policy, image_size=image_size, seed=seed, device=device)
@@ -61,8 +67,15 @@ class Learner:
                 ray.get(self._monitor.report.remote("supervised", step, part.steps, metrics))
 
         metrics: dict[str, float] = {}
+        if part.init is not None:
+            self._fill(part.init)
         if part.steps:
-            learner = SupervisedLearner(self._policy, part, seed=self._seed, demos=self._demos)
+            penalty = None
+            if self._vector is not None:
+                penalty = full_penalty(self._policy.module, self._capability, self._vector)
+            learner = SupervisedLearner(
+                self._policy, part, seed=self._seed, demos=self._demos, penalty=penalty
+            )
             metrics = learner.fit(on_step=on_step)
         save_checkpoint(
             folder, "start", state_tensors(self._policy.module), {"steps": part.steps, "seed": self._seed}
@@ -71,9 +84,12 @@ class Learner:
 
     def load_start(self, checkpoint: str, demos: Sequence[Trajectory]) -> None:
         """Take up a saved start instead of training one."""
+        self._fill(checkpoint)
+        self._demos = list(demos)
+
+    def _fill(self, checkpoint: str) -> None:
         tensors, _ = load_checkpoint(checkpoint)
         self._policy.load(WeightSnapshot(version=0, content_hash="", tensors=tensors))
-        self._demos = list(demos)
 
     def attach(self, base_hash: str) -> None:
         """Freeze the start and attach the adapter that learns."""
@@ -84,6 +100,8 @@ class Learner:
             guard=self._guard,
             base_hash=base_hash,
             seed=self._seed,
+            capability=self._capability,
+            vector=self._vector,
         )
 
     def update(

@@ -126,21 +126,12 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
         unlike = differences(read_fingerprint(Path(recipe.start)), stack)
         if unlike:
             folder.event({"event": "stack_differs", "start": recipe.start, "reason": "; ".join(unlike)})
-    crew.start_learner(
-        recipe.learner,
-        policy=recipe.policy,
-        supervised=recipe.supervised,
-        adapter=recipe.adapter,
-        preference=recipe.preference,
-        guard=recipe.guard,
-        image_size=recipe.environment.image_size,
-        seed=recipe.seed,
-    )
+    crew.start_learner(recipe)
     checkpoint = folder.checkpoints / "start"
     if recipe.start is None:
         demos: list[Trajectory] = []
         if recipe.demonstrated:
-            demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
+            demos = demonstrate(crew, folder, recipe)
         for demo in demos:
             save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
         training = crew.learner.supervise.remote(demos, folder=str(folder.checkpoints))

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,15 +20,7 @@ from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from actors.store import StoreActor
 from configs.policy import PolicyPart
-from configs.schema import (
-    AdapterPart,
-    GuardPart,
-    LearnerPart,
-    PreferencePart,
-    RolloutPart,
-    ServingPart,
-    SupervisedPart,
-)
+from configs.schema import LearnerPart, PreferencePart, Recipe, RolloutPart, ServingPart
 from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets
 from policies.decoding.vllm_build import check_build, installed_builds
@@ -219,27 +212,19 @@ class Crew:
             actors, slots=part.envs_per_actor, timeout_s=part.episode_timeout_s, on_event=on_event
         )
 
-    def start_learner(
-        self,
-        part: LearnerPart,
-        *,
-        policy: PolicyPart,
-        supervised: SupervisedPart,
-        adapter: AdapterPart,
-        preference: PreferencePart,
-        guard: GuardPart,
-        image_size: int,
-        seed: int,
-    ) -> None:
+    def start_learner(self, recipe: Recipe) -> None:
         """Start the learner actor."""
+        part = recipe.learner
+        init, vector = recipe.supervised.init, recipe.capability.vector
         self.learner: Any = LearnerActor.options(num_cpus=part.cpus, num_gpus=part.gpus).remote(
-            policy=located(policy),
-            supervised=supervised,
-            adapter=adapter,
-            preference=preference,
-            guard=guard,
-            image_size=image_size,
-            seed=seed,
+            policy=located(recipe.policy),
+            supervised=recipe.supervised.model_copy(update={"init": _absolute(init)}),
+            capability=recipe.capability.model_copy(update={"vector": _absolute(vector)}),
+            adapter=recipe.adapter,
+            preference=recipe.preference,
+            guard=recipe.guard,
+            image_size=recipe.environment.image_size,
+            seed=recipe.seed,
             threads=part.threads,
             monitor=self.monitor,
         )
@@ -282,3 +267,8 @@ class Crew:
         """End every actor of this run."""
         for actor in self._others:
             ray.kill(actor)
+
+
+def _absolute(path: str | None) -> str | None:
+    """What an actor needs, whose working directory may be another."""
+    return None if path is None else str(Path(path).resolve())

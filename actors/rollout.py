@@ -148,14 +148,19 @@ class Rollouts:
         return {"task": task, "hash": content, "renderer": os.environ["MUJOCO_GL"]}, content
 
     async def demonstration(
-        self, cell: Cell, *, part: DemonstrationPart, chunk: int
+        self, cell: Cell, *, part: DemonstrationPart, chunk: int, depth: bool
     ) -> tuple[dict[str, Any], Trajectory]:
         """One perturbed demonstration by the task's scripted expert. Raises what the expert raises, after closing the
         simulator it happened in."""
         env = await self._pool.take(cell.suite, cell.task_id)
         try:
             trajectory = demonstrate(
-                env, init_state=cell.init_state, seed=cell.seed, noise=part.noise, chunk=chunk
+                env,
+                init_state=cell.init_state,
+                seed=cell.seed,
+                noise=part.noise,
+                chunk=chunk,
+                depth=depth,
             )
         except BaseException:
             self._pool.give_back(env, healthy=False)

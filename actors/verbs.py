@@ -37,7 +37,7 @@ def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
     require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     assets = resolve_assets(recipe.environment.assets)
     with _crew(recipe, assets, lambda: RunFolder.create(recipe)) as (crew, folder):
-        demos = demonstrate(crew, folder, recipe.tasks, recipe.demonstrations, chunk=recipe.policy.chunk)
+        demos = demonstrate(crew, folder, recipe)
         for demo in demos:
             save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
         tried = sum(1 for _ in read_journal(folder.path / "episodes.jsonl"))

@@ -98,16 +98,7 @@ class Round:
 
     def learn(self, recipe: Recipe) -> tuple[dict[str, Any], Version | None]:
         """Learn from the round under another recipe; what the update says of itself, and what it gave."""
-        self._crew.start_learner(
-            recipe.learner,
-            policy=recipe.policy,
-            supervised=recipe.supervised,
-            adapter=recipe.adapter,
-            preference=recipe.preference,
-            guard=recipe.guard,
-            image_size=recipe.environment.image_size,
-            seed=recipe.seed,
-        )
+        self._crew.start_learner(recipe)
         learner = self._crew.learner
         ray.get(learner.load_start.remote(self._checkpoint, self._demos))
         ray.get(learner.attach.remote(self._start.content_hash))

@@ -11,25 +11,8 @@ from pydantic import Field, model_validator
 
 from configs.part import Part
 from configs.policy import PolicyPart
+from configs.supervised import CapabilityPart, SupervisedPart
 from configs.world import DemonstrationPart, EnvironmentPart, TaskPart
-
-
-class SupervisedPart(Part):
-    """Supervised start: maximum likelihood on the demonstrations, of every weight."""
-
-    steps: int = Field(
-        2000,
-        ge=0,
-        description="optimizer steps; 0 with policy.checkpoint: the published weights are the start",
-    )
-    batch_size: int = Field(32, ge=1, description="decisions per step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
-    warmup_steps: int = Field(100, ge=0, description="linear warm-up steps")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
-    image_shift: int = Field(
-        3, ge=0, description="random image shift, pixels (augmentation in supervised training only)"
-    )
-    grad_clip: float = Field(1.0, gt=0, description="gradient norm limit")
 
 
 class AdapterPart(Part):
@@ -202,6 +185,7 @@ class Recipe(Part):
     demonstrations: DemonstrationPart = DemonstrationPart()
     policy: PolicyPart = PolicyPart()
     supervised: SupervisedPart = SupervisedPart()
+    capability: CapabilityPart = CapabilityPart()
     adapter: AdapterPart = AdapterPart()
     preference: PreferencePart = PreferencePart()
     guard: GuardPart = GuardPart()
@@ -251,6 +235,20 @@ class Recipe(Part):
                 "pass, which dropout needs, rounds DoRA's row norms to bfloat16, and the policy would differ from its "
                 "base before the first step; set adapter.dropout=0, or adapter.method=lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _capability_fits(self) -> Recipe:
+        if self.capability.weight and self.capability.penalty == "elementwise" and self.rollouts.rounds:
+            raise ValueError(
+                f"capability.penalty=elementwise with rollouts.rounds={self.rollouts.rounds}: a round trains an "
+                "adapter, whose change is never multiplied out; set capability.penalty=cosine, or rollouts.rounds=0"
+            )
+        for name, value in (("init", self.supervised.init), ("auxiliary", self.supervised.auxiliary)):
+            if self.policy.checkpoint is not None and value not in (None, "none"):
+                raise ValueError(
+                    f"supervised.{name}={value} is for policies made here; unset policy.checkpoint"
+                )
         return self
 
     @property

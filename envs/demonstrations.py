@@ -46,7 +46,14 @@ class _Run:
 
 
 def demonstrate(
-    env: LiberoEnv, *, init_state: int, seed: int, noise: float, chunk: int, stride: int = 2
+    env: LiberoEnv,
+    *,
+    init_state: int,
+    seed: int,
+    noise: float,
+    chunk: int,
+    stride: int = 2,
+    depth: bool = False,
 ) -> Trajectory:
     """One episode of the task's scripted expert.
 
@@ -61,6 +68,7 @@ def demonstrate(
         noise: standard deviation of a push in action units (0.3: some 5 mm a step); rotations get half. 0: none.
         chunk: actions per decision, K.
         stride: steps from one decision to the next.
+        depth: draw each observation's depth too.
 
     Returns:
         Decisions with actions = model_chunk = float32 [K, 7] and no log-probabilities. Outcome is success,
@@ -70,7 +78,7 @@ def demonstrate(
         NoExpertError: the task has no expert.
         ValueError: init_state is out of range.
     """
-    run = _run(env, init_state=init_state, seed=seed, noise=noise, stride=stride)
+    run = _run(env, init_state=init_state, seed=seed, noise=noise, stride=stride, depth=depth)
     return Trajectory(
         cell=Cell(suite=env.task.suite, task_id=env.task.task_id, init_state=init_state, seed=seed),
         decisions=tuple(
@@ -86,7 +94,7 @@ def demonstrate(
     )
 
 
-def _run(env: LiberoEnv, *, init_state: int, seed: int, noise: float, stride: int) -> _Run:
+def _run(env: LiberoEnv, *, init_state: int, seed: int, noise: float, stride: int, depth: bool) -> _Run:
     """Drive the expert, disturbed by pushes, to the end of the episode; look at every `stride`th step."""
     expert = expert_for(env)
     run = _Run()
@@ -108,7 +116,7 @@ def _run(env: LiberoEnv, *, init_state: int, seed: int, noise: float, stride: in
         else:
             run.pushed.append(False)
             if step % stride == 0:
-                run.observations[step] = to_observation(env.observe(), env.instruction)
+                run.observations[step] = to_observation(env.observe(depth=depth), env.instruction)
         run.actions.append(action)
         try:
             success, truncated, _ = env.advance(action[None])

@@ -28,9 +28,7 @@ class InvalidActionError(ValueError):
 
 def to_observation(obs: dict[str, np.ndarray], instruction: str) -> Observation:
     """The record that policies and trajectories use."""
-    return Observation(
-        agentview=obs["agentview"], wrist=obs["wrist"], proprio=obs["proprio"], instruction=instruction
-    )
+    return Observation(**obs, instruction=instruction)
 
 
 class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
@@ -202,12 +200,14 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         for kept, live in self._proprio:
             np.copyto(kept, live)
 
-    def observe(self) -> dict[str, np.ndarray]:
-        """Draw the observation of the last control step (or of the reset)."""
-        agentview, wrist = self._renderer.render()
+    def observe(self, *, depth: bool = False) -> dict[str, np.ndarray]:
+        """Draw the observation of the last control step (or of the reset); with `depth`, also float32 [S, S], metres
+        along the agentview camera's axis."""
+        agentview, wrist, *depths = self._renderer.render(depth_of="agentview" if depth else None)
         position, quaternion, fingers = (kept for kept, _ in self._proprio)
         proprio = np.concatenate((position, axis_angle(quaternion), fingers))
-        return {"agentview": agentview, "wrist": wrist, "proprio": proprio.astype(np.float32)}
+        seen = {"agentview": agentview, "wrist": wrist, "proprio": proprio.astype(np.float32)}
+        return seen | {"depth": depths[0]} if depths else seen
 
     def _checked_init_state(self, options: dict[str, Any]) -> int:
         unknown = sorted(set(options) - {"init_state"})

@@ -70,12 +70,14 @@ class CameraRenderer:
         """Remember where everything is now: the next `render` draws this moment."""
         self._poses.keep()
 
-    def render(self) -> list[np.ndarray]:
-        """Draw the last kept moment from each of `CAMERAS`: uint8 [S, S, 3], RGB, row 0 at the top."""
+    def render(self, *, depth_of: str | None = None) -> list[np.ndarray]:
+        """Draw the last kept moment from each of `CAMERAS`: uint8 [S, S, 3], RGB, row 0 at the top; and, last, how far
+        what the camera `depth_of` sees lies along its axis: float32 [S, S], metres."""
         self._gl.make_current()
         images = []
+        depth = None
         self._poses.swap()
-        for view in self._views:
+        for name, view in zip(CAMERAS, self._views, strict=True):
             visible = self._drawn & view.sees(self._mirrors) if self._culls else self._drawn
             self._model.geom_group[:] = np.where(visible, _VISUAL, _HIDDEN)
             mujoco.mjv_updateScene(
@@ -89,11 +91,19 @@ class CameraRenderer:
             )
             mujoco.mjr_render(self._viewport, self._scene, self._context)
             image = np.empty((self._size, self._size, 3), dtype=np.uint8)
-            mujoco.mjr_readPixels(image, None, self._viewport, self._context)
+            window = np.empty((self._size, self._size), dtype=np.float32) if name == depth_of else None
+            mujoco.mjr_readPixels(image, window, self._viewport, self._context)
             images.append(np.ascontiguousarray(image[::-1]))
+            depth = depth if window is None else self._metres(window[::-1])
         self._model.geom_group[:] = self._groups
         self._poses.swap()
-        return images
+        return images if depth is None else [*images, depth]
+
+    def _metres(self, window: np.ndarray) -> np.ndarray:
+        """OpenGL's window depth, 0 at the near plane and 1 at the far one, as distance along the camera's axis."""
+        extent, planes = self._model.stat.extent, self._model.vis.map
+        near, far = planes.znear * extent, planes.zfar * extent
+        return (near / (1 - window * (1 - near / far))).astype(np.float32)
 
     def close(self) -> None:
         """Free the GL context. Safe to call twice."""

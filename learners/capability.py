@@ -155,12 +155,7 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
             f"{vector} was extracted from the base {manifest.base_hash[:12]}, {base} is {found[:12]}; merge it into "
             "the one it came from"
         )
-    held = root_hash({name: tensor_hash(gammas.read(name)) for name in gammas.tensors})
-    if held != manifest.gamma_hash:
-        raise CapabilityError(
-            f"{vector} is incomplete or altered: it hashes to {held[:12]}, {MANIFEST} says {manifest.gamma_hash[:12]}; "
-            "extract it again"
-        )
+    _require_intact(gammas, manifest)
     hashes: dict[str, str] = {}
 
     def merged(name: str) -> np.ndarray:
@@ -186,6 +181,22 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
         if own:  # a run's own checkpoint: so is what comes of it
             checkpoint.seal(staging, sequence=1)
     return root_hash(hashes)
+
+
+def load_vector(vector: str | Path) -> dict[str, np.ndarray]:
+    """A vector's tensors by weight, float32. Raises CapabilityError for a folder that is none, or an altered one."""
+    gammas = _folder(vector)
+    _require_intact(gammas, read_manifest(vector))
+    return {name: widen(gammas.read(name)) for name in gammas.tensors}
+
+
+def _require_intact(gammas: ShardFolder, manifest: Manifest) -> None:
+    held = root_hash({name: tensor_hash(gammas.read(name)) for name in gammas.tensors})
+    if held != manifest.gamma_hash:
+        raise CapabilityError(
+            f"{gammas.path} is incomplete or altered: it hashes to {held[:12]}, {MANIFEST} says "
+            f"{manifest.gamma_hash[:12]}; extract it again"
+        )
 
 
 def read_manifest(vector: str | Path) -> Manifest:

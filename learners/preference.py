@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.supervised import CapabilityPart
 from learners.decisions import DecisionPool, stack
 from learners.draws import Draws
+from learners.orthogonality import adapter_penalty
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last, skipped
 from learners.terms import Draw, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
@@ -53,8 +55,11 @@ class PreferenceLearner:
         guard: GuardPart,
         base_hash: str,
         seed: int,
+        capability: CapabilityPart | None = None,
+        vector: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Attach the adapter to `policy.module`, whose weights are frozen from now on and hash to `base_hash`."""
+        """Attach the adapter to `policy.module`, whose weights are frozen from now on and hash to `base_hash`; with a
+        capability `vector`, its change is held apart from that as `capability` says."""
         adapters.attach(policy.module, adapter, seed=seed, decoders=policy.adapted)
         self._policy = policy
         self._dropout = adapter.dropout
@@ -63,6 +68,11 @@ class PreferenceLearner:
         self._base_hash = base_hash
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = adapters.parameters(policy.module)
+        self._penalty = (
+            adapter_penalty(policy.module, capability, vector)
+            if capability is not None and capability.weight and vector is not None
+            else None
+        )
         self._initial = self.adapter()
         start = preference.reference == "start"
         self._pool = DecisionPool(policy, start_reference=start, micro_batch=preference.micro_batch)
@@ -192,6 +202,8 @@ class PreferenceLearner:
                 return Trip(reason="reference log-prob is not finite", value=float("nan"))
             with self._forward():
                 metrics = accumulate_gradients(draw, self._pool, part)
+            if self._penalty is not None:
+                metrics |= self._penalty.add_gradients()
             norm = torch.nn.utils.clip_grad_norm_(parameters, part.grad_clip).item()
             metrics["grad_norm"] = norm
             history.append(metrics)

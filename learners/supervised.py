@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import SupervisedPart
+from configs.supervised import SupervisedPart
+from learners.auxiliary import AuxiliaryTask
 from learners.decisions import concatenate, stack, take
+from learners.orthogonality import OrthogonalPenalty
 from policies.encoding.observations import shift_images
-from policies.protocol import Policy
+from policies.protocol import DecisionBatch, Policy
 from trajectories.records import Trajectory
 
 
@@ -24,9 +26,16 @@ class SupervisedLearner:
     """
 
     def __init__(
-        self, policy: Policy, part: SupervisedPart, *, seed: int, demos: Sequence[Trajectory]
+        self,
+        policy: Policy,
+        part: SupervisedPart,
+        *,
+        seed: int,
+        demos: Sequence[Trajectory],
+        penalty: OrthogonalPenalty | None = None,
     ) -> None:
-        """Stack the demonstrations in memory. Raises ValueError when there are none."""
+        """Stack the demonstrations in memory. Raises ValueError when there are none, or they lack what the auxiliary
+        objective needs."""
         if not demos:
             raise ValueError("supervised training needs at least one demonstration, got none")
         self._policy = policy
@@ -35,12 +44,19 @@ class SupervisedLearner:
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = torch.Generator().manual_seed(seed)
         self._queue = torch.empty(0, dtype=torch.int64)
+        self._penalty = penalty
         self._parameters = [p for p in policy.module.parameters() if p.requires_grad]
+        self._auxiliary: AuxiliaryTask | None = None
+        if part.auxiliary != "none":
+            probe = take(self._data, torch.zeros(1, dtype=torch.int64))
+            self._auxiliary = AuxiliaryTask(part.auxiliary, policy, demos=demos, probe=probe, seed=seed)
+            self._parameters += self._auxiliary.head.parameters()
         self._optimizer = torch.optim.AdamW(self._parameters, lr=part.lr, weight_decay=part.weight_decay)
         self.steps_done = 0
 
     def step(self) -> dict[str, float]:
-        """One optimizer step. Returns `loss` (the paradigm's own), `lr` and `grad_norm` (before clipping).
+        """One optimizer step. Returns `loss` (the paradigm's own), `lr` and `grad_norm` (before clipping); where there
+        are such, the `auxiliary_loss` and the `orthogonal_penalty`, before their weights.
 
         Raises RuntimeError after the last step, and FloatingPointError when loss or gradient is not finite.
         """
@@ -50,18 +66,17 @@ class SupervisedLearner:
         lr = part.lr * schedule(self.steps_done, warmup=part.warmup_steps, total=part.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        batch = take(self._data, self._draw(part.batch_size))
-        if part.image_shift:
-            batch = replace(
-                batch,
-                agentview_BHWC=shift_images(batch.agentview_BHWC, part.image_shift, self._generator),
-                wrist_BHWC=shift_images(batch.wrist_BHWC, part.image_shift, self._generator),
-            )
+        rows = self._draw(part.batch_size)
+        images = self._generator.get_state()
+        batch = take(self._data, rows)
+        batch = replace(
+            batch,
+            agentview_BHWC=shift_images(batch.agentview_BHWC, part.image_shift, self._generator),
+            wrist_BHWC=shift_images(batch.wrist_BHWC, part.image_shift, self._generator),
+        )
         self._policy.module.train()
-        noise_keys = torch.randint(2**62, (part.batch_size,), generator=self._noise)
-        loss = self._policy.sft_loss(batch, noise_keys=noise_keys)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, extra = self._gradients(batch, rows, torch.Generator().set_state(images))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, part.grad_clip)
         self._policy.module.eval()
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -71,7 +86,7 @@ class SupervisedLearner:
             )
         self._optimizer.step()
         self.steps_done += 1
-        return {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+        return {"loss": loss.item(), "lr": lr, "grad_norm": norm.item(), **extra}
 
     def fit(self, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, float]:
         """All remaining steps; `on_step` gets the step number from 1 and its metrics. Returns the last metrics."""
@@ -83,6 +98,27 @@ class SupervisedLearner:
         # Gradients of every weight would outlive this learner, and an adapter has no use for them.
         self._optimizer.zero_grad(set_to_none=True)
         return metrics
+
+    def _gradients(
+        self, batch: DecisionBatch, rows: torch.Tensor, images: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Leave the gradients of every term; returns the paradigm's loss, and the others by name. `images` is the
+        generator as it was before it moved the agentview."""
+        part, policy = self._part, self._policy
+        noise_keys = torch.randint(2**62, (part.batch_size,), generator=self._noise)
+        extra: dict[str, float] = {}
+        if self._auxiliary is None:
+            loss = total = policy.sft_loss(batch, noise_keys=noise_keys)
+        else:
+            tokens = policy.encode_context(batch)
+            loss = policy.sft_loss(batch, tokens, noise_keys=noise_keys)
+            auxiliary = self._auxiliary.loss(tokens, rows, shift=part.image_shift, generator=images)
+            total = loss + part.auxiliary_weight * auxiliary
+            extra["auxiliary_loss"] = auxiliary.item()
+        total.backward()
+        if self._penalty is not None:
+            extra |= self._penalty.add_gradients()
+        return loss, extra
 
     def _draw(self, count: int) -> torch.Tensor:
         """The next rows of an endless sequence of shuffles, so that every decision is seen equally often."""

@@ -6,9 +6,8 @@ then fine-tuning Delta from theta_meta with <gamma, Delta> = 0 wanted matrix by 
 presses Delta to zero wherever gamma is large. The squared cosine has no such pull and no scale; both are here.
 
 With LoRA Delta = s B A, and a gamma of two adapters is a product U V of rank 2 r. Inner products and norms of such
-are traces of small Gram matrices, so nothing of the size of the weights is made (`LowRank`).
-
-No learner applies these yet.
+are traces of small Gram matrices, so nothing of the size of the weights is made (`LowRank`). Nor is it for DoRA, whose
+change is that of every row's length too (`Rescaled`).
 
 Letters: m rows and n columns of a weight, r and q ranks.
 """
@@ -38,39 +37,98 @@ class LowRank:
         return torch.Size((self.left.shape[0], self.right.shape[1]))
 
 
-Matrix = torch.Tensor | LowRank
-"""A weight's change: dense, of any shape, or low rank."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rescaled:
+    """DoRA's change of a weight W: c (W + B A) - W with c_i = m_i / ||W_i + (B A)_i|| for row i (arXiv 2402.09353,
+    Eq. 5), never multiplied out. The norm counts as a constant in the backward pass (section 4.3)."""
+
+    base: torch.Tensor
+    """W, float [m, n]."""
+    low: LowRank
+    """B A, with its scale."""
+    magnitude: torch.Tensor
+    """float [m]."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.low.shape
+
+    def scales(self) -> torch.Tensor:
+        """c, float [m]."""
+        squares, mixed, added = self._rows()
+        return self.magnitude / (squares + 2 * mixed + added).detach().sqrt()
+
+    def inner(self, other: torch.Tensor) -> torch.Tensor:
+        """<other, this>, for a dense other."""
+        scales, rows = self.scales(), torch.einsum("mn,mn->m", other, self.base)
+        product = (self.low.left * (other @ self.low.right.T)).sum(dim=1)
+        return ((scales - 1) * rows + scales * product).sum()
+
+    def squared_norm(self) -> torch.Tensor:
+        """||this||^2."""
+        scales, (squares, mixed, added) = self.scales(), self._rows()
+        return ((scales - 1) ** 2 * squares + 2 * (scales - 1) * scales * mixed + scales**2 * added).sum()
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """By row: ||W_i||^2, <W_i, (B A)_i> and ||(B A)_i||^2."""
+        left, right = self.low.left, self.low.right
+        squares = torch.einsum("mn,mn->m", self.base, self.base)
+        return (
+            squares,
+            (left * (self.base @ right.T)).sum(dim=1),
+            (left * (left @ (right @ right.T))).sum(dim=1),
+        )
+
+
+Matrix = torch.Tensor | LowRank | Rescaled
+"""A weight's change: dense, of any shape, or an adapter's."""
 
 
 def inner(a: Matrix, b: Matrix) -> torch.Tensor:
-    """Frobenius inner product <a, b>, a scalar; with `LowRank` on either side from the factors alone.
+    """Frobenius inner product <a, b>, a scalar; with `LowRank` on either side, or `Rescaled` on one, from the factors
+    alone.
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError where the shapes differ, and TypeError for `Rescaled` and an adapter's change.
     """
     if a.shape != b.shape:
         raise ValueError(f"an inner product of {list(a.shape)} and {list(b.shape)}, expected equal shapes")
+    if isinstance(a, Rescaled) or isinstance(b, Rescaled):
+        one, other = (a, b) if isinstance(a, Rescaled) else (b, a)
+        if not isinstance(one, Rescaled) or not isinstance(other, torch.Tensor):
+            raise TypeError("DoRA's change has an inner product with a dense matrix only")
+        return one.inner(other)
     if isinstance(a, LowRank):
         if isinstance(b, LowRank):
             # <U V, B A> = tr((B^T U)(V A^T)), two r x q grams.
             return ((b.left.T @ a.left) * (b.right @ a.right.T)).sum()
         return (a.left * (b @ a.right.T)).sum()
-    return inner(b, a) if isinstance(b, LowRank) else (a * b).sum()
+    return (b.left * (a @ b.right.T)).sum() if isinstance(b, LowRank) else (a * b).sum()
 
 
-def squared_cosine(gamma: Matrix, delta: Matrix) -> torch.Tensor:
+def squared_norm(matrix: Matrix) -> torch.Tensor:
+    """||matrix||^2, Frobenius, a scalar."""
+    return matrix.squared_norm() if isinstance(matrix, Rescaled) else inner(matrix, matrix)
+
+
+def squared_cosine(gamma: Matrix, delta: Matrix, *, floor: float = 0.0) -> torch.Tensor:
     """cos^2 of the angle between two changes of one weight, in [0, 1]; 0 where either is zero.
 
-    Its gradient at delta = 0 is zero, so it holds nothing before fine-tuning has moved.
+    Its gradient at delta = 0 is zero, and just beside it, without bound: the direction of next to nothing turns with
+    the smallest step. `floor` is added to ||delta||^2, so that a change well below its root counts little.
     """
-    product, squares = inner(gamma, delta), inner(gamma, gamma) * inner(delta, delta)
-    return product.square() / (squares + _TINY**2)
+    product = inner(gamma, delta)
+    return product.square() / (squared_norm(gamma) * (squared_norm(delta) + floor) + _TINY**2)
 
 
-def cosine_penalty(gamma: Mapping[str, Matrix], delta: Mapping[str, Matrix]) -> torch.Tensor:
-    """Mean over the weights that both name of `squared_cosine`, a scalar in [0, 1]. Raises ValueError where there is
-    none."""
-    shared = _shared(gamma, delta)
-    return torch.stack([squared_cosine(gamma[name], delta[name]) for name in shared]).mean()
+def cosine_penalty(
+    gamma: Mapping[str, Matrix], delta: Mapping[str, Matrix], *, floors: Mapping[str, float] | None = None
+) -> torch.Tensor:
+    """Mean over the weights that both name of `squared_cosine`, a scalar in [0, 1]; `floors` by weight, default none.
+    Raises ValueError where they share no weight."""
+    floors = floors or {}
+    return torch.stack(
+        [squared_cosine(gamma[n], delta[n], floor=floors.get(n, 0.0)) for n in _shared(gamma, delta)]
+    ).mean()
 
 
 def elementwise_penalty(gamma: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -108,9 +108,11 @@ class AutoregressivePolicy:
         logits = self.network(batch, context).float()
         return token_logps(logits, batch.chunk_BL - self._actions.first_id)
 
-    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+    def sft_loss(
+        self, batch: DecisionBatch, context: torch.Tensor | None = None, *, noise_keys: torch.Tensor
+    ) -> torch.Tensor:
         """Mean -log-probability per token, nats."""
-        return -self.score(batch).mean()
+        return -self.score(batch, context).mean()
 
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
         """Log-probabilities are in nats as they are."""

@@ -122,12 +122,14 @@ class DiffusionPolicy:
         ).to(self.device)
         return masked_diffusion.bound_elements(self._logps(batch, context, masks_BSL), masks_BSL)
 
-    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+    def sft_loss(
+        self, batch: DecisionBatch, context: torch.Tensor | None = None, *, noise_keys: torch.Tensor
+    ) -> torch.Tensor:
         """Mean cross-entropy of the hidden tokens, the share of them on MaskGIT's cosine schedule, nats."""
         masks_BSL = masked_diffusion.draw_masks(
             noise_keys.tolist(), draws=1, length=self.tokens, counts=masked_diffusion.cosine_counts
         ).to(self.device)
-        return masked_diffusion.masked_losses(self._logps(batch, None, masks_BSL), masks_BSL).mean()
+        return masked_diffusion.masked_losses(self._logps(batch, context, masks_BSL), masks_BSL).mean()
 
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
         """The bound is in nats as it is."""

@@ -132,13 +132,15 @@ class FlowPolicy:
         errors_BSKA = self._errors(batch, context, noise_keys, draws=self._part.score_draws)
         return -errors_BSKA[..., :ACTION_DIM].mean(dim=1).flatten(1) / (2 * self.variance)
 
-    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
+    def sft_loss(
+        self, batch: DecisionBatch, context: torch.Tensor | None = None, *, noise_keys: torch.Tensor
+    ) -> torch.Tensor:
         """Mean squared velocity error, `score_draws` draws a decision, times from openpi's training density.
 
         openpi takes one. More cost little, for they share the prefix, and where the prefix is most of a step they
         learn more from it.
         """
-        return self._errors(batch, None, noise_keys, draws=self._part.score_draws, density="beta").mean()
+        return self._errors(batch, context, noise_keys, draws=self._part.score_draws, density="beta").mean()
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:

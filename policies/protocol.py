@@ -93,8 +93,10 @@ class Policy(Protocol):
         """
         ...
 
-    def sft_loss(self, batch: DecisionBatch, *, noise_keys: torch.Tensor) -> torch.Tensor:
-        """The paradigm's supervised training loss, mean over the batch; `noise_keys` as in `score`."""
+    def sft_loss(
+        self, batch: DecisionBatch, context: torch.Tensor | None = None, *, noise_keys: torch.Tensor
+    ) -> torch.Tensor:
+        """The paradigm's supervised training loss, mean over the batch; `context` and `noise_keys` as in `score`."""
         ...
 
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:

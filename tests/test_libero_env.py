@@ -105,6 +105,26 @@ def test_goal_ends_the_chunk(env: LiberoEnv) -> None:
     assert record.proprio.dtype == np.float32
 
 
+def test_depth_is_how_far_a_thing_lies_from_the_camera(env: LiberoEnv) -> None:
+    plain, _ = env.reset(seed=0)
+    seen = env.observe(depth=True)
+    assert np.array_equal(seen["agentview"], plain["agentview"])
+    assert "depth" not in env.observe()
+    depth, side = seen["depth"], len(seen["agentview"])
+    assert (depth.dtype, depth.shape) == (np.float32, (side, side))
+    data, model = env.sim.data._data, env.sim.model._model
+    camera = model.camera("agentview").id
+    focal = side / 2 / np.tan(np.radians(model.cam_fovy[camera]) / 2)
+    for body in ("alphabet_soup_1_main", "basket_1_main"):
+        away = data.body(body).xpos - data.cam_xpos[camera]
+        right, up, back = data.cam_xmat[camera].reshape(3, 3).T @ away
+        row, column = (int(side / 2 + focal * offset / -back) for offset in (-up, right))
+        # What is seen of a body is the near side of it.
+        assert -0.02 < -back - depth[row, column] < 0.15, body
+    record = to_observation(seen, env.instruction)
+    assert record.depth is depth
+
+
 def in_basket(env: LiberoEnv) -> np.ndarray:
     site = env.sim.model.site_name2id("basket_1_contain_region")
     return np.concatenate([env.sim.data.site_xpos[site], [1, 0, 0, 0]])

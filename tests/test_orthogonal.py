@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from objectives.orthogonal import LowRank, Matrix, cosine_penalty, elementwise_penalty, inner, squared_cosine
+from objectives.orthogonal import (
+    LowRank,
+    Matrix,
+    Rescaled,
+    cosine_penalty,
+    elementwise_penalty,
+    inner,
+    squared_cosine,
+    squared_norm,
+)
 
 
 def low_rank(rows: int, rank: int, columns: int, seed: int) -> LowRank:
@@ -90,3 +99,40 @@ def test_only_weights_that_both_name_count() -> None:
         cosine_penalty(gamma, {"other": torch.ones(3)})
     with pytest.raises(ValueError, match=r"w is \[2, 2\] in the vector and \[4\]"):
         elementwise_penalty(gamma, {"w": torch.ones(4)})
+
+
+def test_dora_s_change_is_never_multiplied_out_and_is_the_dense_one() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(12, 7, generator=generator, dtype=torch.float64)
+    low = low_rank(12, 3, 7, seed=1)
+    magnitude = base.norm(dim=1) * (1 + 0.1 * torch.randn(12, generator=generator, dtype=torch.float64))
+    gamma = dense(low_rank(12, 7, 7, seed=2))
+    change = Rescaled(base=base, low=low, magnitude=magnitude)
+    direction = base + dense(low)
+    expected = (magnitude / direction.norm(dim=1))[:, None] * direction - base
+    torch.testing.assert_close(inner(gamma, change), (gamma * expected).sum())
+    torch.testing.assert_close(inner(change, gamma), (gamma * expected).sum())
+    torch.testing.assert_close(squared_norm(change), expected.square().sum())
+    with pytest.raises(TypeError, match="with a dense matrix only"):
+        inner(change, low)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_the_penalties_gradients_are_those_of_finite_differences(kind: str) -> None:
+    gamma = dense(low_rank(5, 4, 6, seed=0))
+    parts = low_rank(5, 2, 6, seed=1)
+    if kind == "lora":
+        inputs = (parts.left.requires_grad_(), parts.right.requires_grad_())
+        torch.autograd.gradcheck(
+            lambda b, a: squared_cosine(gamma, LowRank(left=b, right=a), floor=0.1), inputs
+        )
+    else:
+        delta = dense(parts).requires_grad_()
+        torch.autograd.gradcheck(lambda d: squared_cosine(gamma, d, floor=0.1), (delta,))
+        torch.autograd.gradcheck(lambda d: elementwise_penalty({"w": gamma}, {"w": d}), (delta,))
+
+
+def test_next_to_nothing_has_no_direction() -> None:
+    gamma = torch.ones(3, 3)
+    assert squared_cosine(gamma, 1e-6 * gamma, floor=1e-4) < 1e-6
+    assert squared_cosine(gamma, 10 * gamma, floor=1e-4) == pytest.approx(1, abs=1e-6)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from configs.loader import RecipeError, load_recipe
-from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.supervised import SupervisedPart
 from learners.decisions import NOISE_DRAWS, DecisionPool, noise_keys
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from configs.policy import FlowPart, PolicyPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart, SupervisedPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.supervised import SupervisedPart
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
 from policies.diffusion import DiffusionPolicy

@@ -13,7 +13,8 @@ from actors.monitor import MonitorActor
 from actors.parameter_server import ParameterServer
 from actors.placement import connect
 from actors.policy import PolicyActor
-from configs.schema import AdapterPart, GuardPart, PreferencePart, ServingPart, SupervisedPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart, ServingPart
+from configs.supervised import CapabilityPart, SupervisedPart
 from learners.checkpoint import CheckpointReader
 from policies.make import make_policy
 from policies.weights.snapshots import state_tensors
@@ -40,6 +41,7 @@ def test_published_weights_are_taken_up_adapted_and_served(cluster: None, tmp_pa
     learner = LearnerActor.options(num_cpus=0).remote(
         policy=part,
         supervised=SupervisedPart(steps=0),
+        capability=CapabilityPart(),
         adapter=AdapterPart(method="dora", rank=4, alpha=8),
         preference=PREFERENCE,
         guard=GuardPart(chosen_drop=100),

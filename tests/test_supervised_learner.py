@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import SupervisedPart
+from configs.supervised import SupervisedPart
 from learners.supervised import SupervisedLearner, schedule
 from tests.learning import demonstration, new_policy
 

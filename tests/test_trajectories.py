@@ -100,6 +100,22 @@ def test_a_saved_trajectory_comes_back_exactly(tmp_path: Path, trajectory: Traje
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
+def test_depth_is_kept_where_every_decision_has_it(tmp_path: Path) -> None:
+    plain = make_trajectory()
+    depths = [np.full((4, 4), 0.5 + i, np.float32) for i in range(len(plain.decisions))]
+    seen = [
+        dataclasses.replace(d, observation=dataclasses.replace(d.observation, depth=depth))
+        for d, depth in zip(plain.decisions, depths, strict=True)
+    ]
+    save_trajectory(tmp_path / "t", dataclasses.replace(plain, decisions=tuple(seen)))
+    loaded = load_trajectory(tmp_path / "t")
+    for decision, depth in zip(loaded.decisions, depths, strict=True):
+        assert decision.observation.depth is not None
+        assert np.array_equal(decision.observation.depth, depth)
+    with pytest.raises(CodecError, match="must have one shape"):
+        encode_trajectory(dataclasses.replace(plain, decisions=(seen[0], *plain.decisions[1:])))
+
+
 def test_non_finite_values_are_kept_for_inspection() -> None:
     broken = make_trajectory(decisions=1)
     broken.decisions[0].sample.actions[0] = [np.nan, np.inf, -np.inf, 0, 0, 0, 0]

@@ -36,6 +36,7 @@ _DIGEST_BYTES = 32
 _DTYPES = ("uint8", "int64", "float32")
 _FRAME_DIFFERENCE = "agentview"
 _ARRAYS = ("agentview", "wrist", "proprio", "actions", "model_chunk", "logps", "executed")
+_OPTIONAL = "depth"
 
 
 class CodecError(ValueError):
@@ -46,8 +47,8 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     """Lossless bytes of a trajectory.
 
     Raises:
-        CodecError: the decisions differ in array shapes, dtypes or instruction, or use a dtype other than
-            uint8, int64 or float32.
+        CodecError: the decisions differ in array shapes, dtypes or instruction, use a dtype other than
+            uint8, int64 or float32, or some have a depth and others none.
     """
     arrays = _stack(trajectory)
     header: dict[str, Any] = {
@@ -204,6 +205,10 @@ def _stack(trajectory: Trajectory) -> dict[str, np.ndarray]:
         "logps": [d.sample.logps for d in decisions],
         "executed": [np.asarray(d.executed, np.int64) for d in decisions],
     }
+    depths = [d.observation.depth for d in decisions]
+    if any(depth is not None for depth in depths):
+        # One that is missing shows as an array of another shape.
+        columns[_OPTIONAL] = [np.zeros(0, np.float32) if depth is None else depth for depth in depths]
     for name, column in columns.items():
         kinds = {(array.dtype.name, array.shape) for array in column}
         if len(kinds) > 1 or column[0].dtype.name not in _DTYPES:
@@ -250,23 +255,28 @@ def _read_arrays(payload: memoryview, entries: Sequence[dict[str, Any]]) -> dict
         offset += entry["bytes"]
     if offset != len(payload):
         raise ValueError(f"{len(payload) - offset} bytes belong to no array")
-    if tuple(arrays) not in ((), _ARRAYS):
+    if tuple(arrays) not in ((), _ARRAYS, (*_ARRAYS, _OPTIONAL)):
         raise ValueError(f"arrays are {tuple(arrays)}, expected {_ARRAYS}")
     return arrays
 
 
 def _assemble(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
     instruction = header["instruction"]
+    depths = arrays.pop(_OPTIONAL, None)
     decisions = tuple(
         Decision(
             observation=Observation(
-                agentview=agentview, wrist=wrist, proprio=proprio, instruction=instruction
+                agentview=agentview,
+                wrist=wrist,
+                proprio=proprio,
+                instruction=instruction,
+                depth=None if depths is None else depths[t],
             ),
             sample=ActionSample(actions=actions, model_chunk=model_chunk, logps=logps),
             executed=int(executed),
         )
-        for agentview, wrist, proprio, actions, model_chunk, logps, executed in zip(
-            *arrays.values(), strict=True
+        for t, (agentview, wrist, proprio, actions, model_chunk, logps, executed) in enumerate(
+            zip(*arrays.values(), strict=True)
         )
     )
     return Trajectory(

@@ -54,6 +54,9 @@ class Observation:
     """float32 [8]; see PROPRIO_DIM."""
     instruction: str
     """The task in words, as LIBERO names it."""
+    depth: np.ndarray | None = None
+    """float32 [H, W], metres along the agentview camera's axis: a training target that no policy sees, drawn with
+    demonstrations where an objective asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,7 +64,7 @@ def attach(
         if layer.use_dora[_NAME]:
             # peft rounds m to the network's dtype; the merges divide it by the norm that is taken here.
             weight = layer.get_base_layer().get_parameter("weight").detach().float()
-            _factors(layer)["m"].data = torch.linalg.vector_norm(weight, dim=1)
+            factors(layer)["m"].data = torch.linalg.vector_norm(weight, dim=1)
     trainable = {id(p) for p in own.values()}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
@@ -82,7 +82,7 @@ def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {
         f"{name}.{key}": parameter
         for name, layer in adapted_layers(module)
-        for key, parameter in _factors(layer).items()
+        for key, parameter in factors(layer).items()
     }
 
 
@@ -129,28 +129,28 @@ def merged_forward(module: torch.nn.Module) -> Iterator[None]:
 def _merged_weight(layer: AdaptedLinear) -> torch.Tensor:
     """As `policies.weights.merging.merge_tensor`, in float32 and cast once, differentiable in the factors. The row norm
     counts as a constant in the backward pass (DoRA, section 4.3)."""
-    factors = _factors(layer)
-    base = layer.get_base_layer().weight
-    direction = base + layer.scaling[_NAME] * (factors["B"] @ factors["A"])
-    if "m" in factors:
+    own = factors(layer)
+    base = layer.get_base_layer().get_parameter("weight")
+    direction = base + scaling(layer) * (own["B"] @ own["A"])
+    if "m" in own:
         norm = torch.linalg.vector_norm(direction.detach(), dim=1)
-        direction = (factors["m"] / norm)[:, None] * direction
+        direction = (own["m"] / norm)[:, None] * direction
     return direction.to(base.dtype)
 
 
 def extract(module: torch.nn.Module, *, base_hash: str) -> AdapterWeights:
     """Copy the adapter out, float32. Raises ValueError naming the first factor that is not finite."""
-    factors: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for name, layer in adapted_layers(module):
-        factors[name] = {key: _array(parameter) for key, parameter in _factors(layer).items()}
-        for key, array in factors[name].items():
+        found[name] = {key: _array(parameter) for key, parameter in factors(layer).items()}
+        for key, array in found[name].items():
             if not np.isfinite(array).all():
                 raise ValueError(f"adapter factor {key} of {name} is not finite; restore an earlier adapter")
     return AdapterWeights(
         method="dora" if layer.use_dora[_NAME] else "lora",
-        scaling=layer.scaling[_NAME],
+        scaling=scaling(layer),
         base_hash=base_hash,
-        factors=factors,
+        factors=found,
     )
 
 
@@ -161,7 +161,7 @@ def load(module: torch.nn.Module, weights: AdapterWeights) -> None:
         odd = sorted(set(layers) ^ set(weights.factors))
         raise ValueError(f"the adapter covers other layers than the one attached; first difference: {odd[0]}")
     for name, layer in layers.items():
-        own = _factors(layer)
+        own = factors(layer)
         given = weights.factors[name]
         if {key: tuple(p.shape) for key, p in own.items()} != {key: a.shape for key, a in given.items()}:
             raise ValueError(
@@ -172,18 +172,24 @@ def load(module: torch.nn.Module, weights: AdapterWeights) -> None:
             raise ValueError(f"adapter scaling is {weights.scaling}, expected {layer.scaling[_NAME]}")
     with torch.no_grad():
         for name, layer in layers.items():
-            for key, parameter in _factors(layer).items():
+            for key, parameter in factors(layer).items():
                 parameter.copy_(torch.from_numpy(weights.factors[name][key]))
 
 
-def _factors(layer: AdaptedLinear) -> dict[str, torch.nn.Parameter]:
-    factors = {
+def factors(layer: AdaptedLinear) -> dict[str, torch.nn.Parameter]:
+    """An adapted layer's own parameters: `A`, `B` and, for DoRA, `m`."""
+    found = {
         "A": layer.lora_A[_NAME].get_parameter("weight"),
         "B": layer.lora_B[_NAME].get_parameter("weight"),
     }
     if layer.use_dora[_NAME]:
-        factors["m"] = layer.lora_magnitude_vector[_NAME].get_parameter("weight")
-    return factors
+        found["m"] = layer.lora_magnitude_vector[_NAME].get_parameter("weight")
+    return found
+
+
+def scaling(layer: AdaptedLinear) -> float:
+    """What an adapted layer multiplies B A by: alpha / rank."""
+    return float(layer.scaling[_NAME])
 
 
 def _array(parameter: torch.nn.Parameter) -> np.ndarray:
