@@ -30,7 +30,7 @@ from envs.assets import check_pack, resolve_assets
 from envs.experts import NoExpertError
 from envs.fingerprint import FingerprintError
 from envs.protocol import ComparisonError, compare_episodes
-from learners.capability import CapabilityError
+from learners.capability import CapabilityError, merged_once
 from learners.capability import extract as extract_vector
 from learners.capability import merge as merge_vector
 from learners.checkpoint import CheckpointError
@@ -44,6 +44,7 @@ capability = typer.Typer(no_args_is_help=True, help="Capability vectors: differe
 app.add_typer(capability, name="capability")
 
 QUICKSTART = Path("configs/quickstart.yaml")
+CAPABILITY = Path("configs/capability.yaml")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="recipe, a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as part.key=value")]
@@ -229,6 +230,30 @@ def merge(
     with one_line_errors():
         content = merge_vector(base, vector, alpha=alpha, out=out)
     typer.echo(json.dumps({"weights": str(out), "hash": content, "alpha": alpha}))
+
+
+@capability.command("train", epilog=fields_help())
+def train_apart(
+    recipe: RecipeArgument = CAPABILITY,
+    overrides: Overrides = None,
+    init: Annotated[Path | None, typer.Option(help="weights to fine-tune: a run's checkpoints/start")] = None,
+    vector: Annotated[Path | None, typer.Option(help="a vector of these weights, to begin with")] = None,
+    alpha: Annotated[float, typer.Option(help="how much of the vector")] = 1.1,
+) -> None:
+    """Fine-tune weights on the recipe's demonstrations and evaluate them: INIT or, with a VECTOR, INIT plus ALPHA times
+    that, kept apart from it as the recipe's `capability` part says. The recipe may add an auxiliary objective."""
+    with one_line_errors():
+        changes = list(overrides or [])
+        if vector is not None:
+            if init is None:
+                raise RecipeError(f"--vector {vector} needs --init, the weights that it was extracted from")
+            root = load_recipe(recipe, changes).root
+            init = merged_once(init, vector, alpha=alpha, root=root)
+            changes.append(f"capability.vector={vector}")
+        if init is not None:
+            changes.append(f"supervised.init={init}")
+        result = run_training(load_recipe(recipe, changes))
+    typer.echo(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import load_vector
 from learners.checkpoint import load_checkpoint, save_checkpoint
-from learners.orthogonality import full_penalty
+from learners.orthogonality import FullPenalty
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
@@ -72,7 +72,7 @@ class Learner:
         if part.steps:
             penalty = None
             if self._vector is not None:
-                penalty = full_penalty(self._policy.module, self._capability, self._vector)
+                penalty = FullPenalty(self._policy.module, self._capability, self._vector)
             learner = SupervisedLearner(
                 self._policy, part, seed=self._seed, demos=self._demos, penalty=penalty
             )

@@ -8,6 +8,7 @@ made of, and is refused on any other base. Tensors pass through one by one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.hashing import root_hash, tensor_hash
 
 MANIFEST = "capability.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CapabilityError(ValueError):
@@ -66,6 +67,8 @@ class Manifest:
     aux_hash: str
     gamma_hash: str
     """Of the vector itself."""
+    recipes: Mapping[str, str]
+    """SHA-256 of the recipe of `base`, `sft` and `aux`, each where the weights lie in a run folder."""
     layers: Mapping[str, Geometry]
     """By weight."""
 
@@ -134,6 +137,7 @@ def extract(
             sft_hash=root_hash(hashes["sft"]),
             aux_hash=root_hash(hashes["aux"]),
             gamma_hash=root_hash(gammas),
+            recipes={who: found for who, folder in folders.items() if (found := _recipe_hash(folder.path))},
             layers=layers,
         )
         (staging / MANIFEST).write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
@@ -199,6 +203,14 @@ def _require_intact(gammas: ShardFolder, manifest: Manifest) -> None:
         )
 
 
+def merged_once(base: str | Path, vector: str | Path, *, alpha: float, root: str | Path) -> Path:
+    """The folder below `root` that holds theta_pre + alpha gamma, made unless it is there; see `merge`."""
+    out = Path(root) / f"meta-{read_manifest(vector).gamma_hash[:12]}-{alpha:g}"
+    if not out.exists():
+        merge(base, vector, alpha=alpha, out=out)
+    return out
+
+
 def read_manifest(vector: str | Path) -> Manifest:
     """What a vector says of itself. Raises CapabilityError for a folder that is none."""
     file = Path(vector) / MANIFEST
@@ -212,6 +224,12 @@ def read_manifest(vector: str | Path) -> Manifest:
         raise CapabilityError(f"{vector} is no capability vector: it has no {MANIFEST}") from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
+
+
+def _recipe_hash(weights: Path) -> str:
+    """Of the run whose `checkpoints/start` these weights are; empty where they are none's."""
+    recipe = weights.resolve().parent.parent / "recipe.yaml"
+    return hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe.is_file() else ""
 
 
 def _folder(path: str | Path) -> ShardFolder:

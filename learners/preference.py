@@ -15,7 +15,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart
 from learners.decisions import DecisionPool, stack
 from learners.draws import Draws
-from learners.orthogonality import adapter_penalty
+from learners.orthogonality import AdapterPenalty
 from learners.report import Trip, Tripwire, UpdateReport, mean_of_last, skipped
 from learners.terms import Draw, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
@@ -69,7 +69,7 @@ class PreferenceLearner:
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = adapters.parameters(policy.module)
         self._penalty = (
-            adapter_penalty(policy.module, capability, vector)
+            AdapterPenalty(policy.module, capability, vector)
             if capability is not None and capability.weight and vector is not None
             else None
         )

@@ -99,6 +99,11 @@ class SupervisedLearner:
         self._optimizer.zero_grad(set_to_none=True)
         return metrics
 
+    @property
+    def auxiliary_parameters(self) -> int:
+        """Numbers of the auxiliary objective's head; 0 without one."""
+        return 0 if self._auxiliary is None else sum(p.numel() for p in self._auxiliary.head.parameters())
+
     def _gradients(
         self, batch: DecisionBatch, rows: torch.Tensor, images: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:

@@ -13,7 +13,7 @@ from configs.schema import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import extract, load_vector, merge
 from learners.checkpoint import load_checkpoint, save_checkpoint
-from learners.orthogonality import adapter_penalty, full_penalty
+from learners.orthogonality import AdapterPenalty, FullPenalty
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
 from objectives.orthogonal import cosine_penalty, elementwise_penalty, squared_cosine
@@ -44,7 +44,7 @@ def train(
 ) -> dict[str, np.ndarray]:
     penalty = None
     if part is not None and vector is not None:
-        penalty = full_penalty(policy.module, part, vector)
+        penalty = FullPenalty(policy.module, part, vector)
     supervised = SupervisedPart(steps=steps, batch_size=4, warmup_steps=1, lr=5e-3)
     SupervisedLearner(policy, supervised, seed=0, demos=DEMOS, penalty=penalty).fit()
     return state_tensors(policy.module)
@@ -63,7 +63,7 @@ def test_the_vector_of_two_equal_runs_changes_nothing_to_the_bit(
     extract(tmp_path / "base", sft=tmp_path / "sft", aux=tmp_path / "sft", out=tmp_path / "gamma")
     vector = load_vector(tmp_path / "gamma")
     assert all(not array.any() for array in vector.values())
-    assert full_penalty(new_policy().module, part, vector).value().item() == 0
+    assert FullPenalty(new_policy().module, part, vector).value().item() == 0
     assert same(train(new_policy(), part, vector), train(new_policy()))
 
 
@@ -84,7 +84,7 @@ def test_training_from_a_base_with_nothing_of_the_vector_is_plain_training(tmp_p
 def test_the_elementwise_gradient_pulls_every_weight_back_by_what_the_vector_weighs() -> None:
     policy = new_policy()
     vector = vector_of(policy)
-    penalty = full_penalty(policy.module, ELEMENTWISE, vector)
+    penalty = FullPenalty(policy.module, ELEMENTWISE, vector)
     name, weight = next((n, p) for n, p in policy.module.named_parameters() if p.dim() == 2)
     assert penalty.add_gradients() == {"orthogonal_penalty": 0.0}
     assert weight.grad is None or not weight.grad.any()
@@ -97,6 +97,24 @@ def test_the_elementwise_gradient_pulls_every_weight_back_by_what_the_vector_wei
     assert found == pytest.approx((gamma * moved).abs().sum().item(), rel=1e-4)
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, 1e-2 * gamma.abs() * moved.sign())
+
+
+@pytest.mark.parametrize("part", [ELEMENTWISE, COSINE], ids=["elementwise", "cosine"])
+def test_gradients_without_a_graph_are_those_with_one(part: CapabilityPart) -> None:
+    policy = new_policy()
+    penalty = FullPenalty(policy.module, part, vector_of(policy))
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.module.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    (part.weight * penalty.value()).backward()
+    expected = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
+    policy.module.zero_grad()
+    found = penalty.add_gradients()["orthogonal_penalty"]
+    assert found == pytest.approx(penalty.value().item(), rel=1e-5)
+    grads = [p.grad for p in policy.module.parameters() if p.grad is not None]
+    assert len(grads) == len(expected) > 10
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("part", [ELEMENTWISE, COSINE], ids=["elementwise", "cosine"])
@@ -121,7 +139,7 @@ def test_an_adapter_s_penalty_is_that_of_its_merged_weights(method: str) -> None
     vector = vector_of(policy)
     part = AdapterPart(method=method, rank=4, alpha=8)
     adapters.attach(policy.module, part, seed=0, decoders=policy.adapted)
-    penalty = adapter_penalty(policy.module, COSINE, vector)
+    penalty = AdapterPenalty(policy.module, COSINE, vector)
     assert penalty.value().item() == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         for parameter in adapters.parameters(policy.module).values():
@@ -160,7 +178,7 @@ def test_a_round_s_update_is_held_apart_too() -> None:
         report = learner.update(pairs, [pair.chosen for pair in pairs], [])
         assert report.steps == 15
         assert ("orthogonal_penalty" in report.metrics) is (capability is not None)
-        return adapter_penalty(policy.module, COSINE, vector).value().item()
+        return AdapterPenalty(policy.module, COSINE, vector).value().item()
 
     assert cosine_after(COSINE) < 0.5 * cosine_after(None)
 
@@ -170,12 +188,12 @@ def test_what_an_adapter_cannot_do_is_refused() -> None:
     vector = vector_of(policy)
     adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
     with pytest.raises(ValueError, match="elementwise is of whole weights"):
-        adapter_penalty(policy.module, ELEMENTWISE, vector)
+        AdapterPenalty(policy.module, ELEMENTWISE, vector)
     with pytest.raises(ValueError, match="names none of the weights"):
-        adapter_penalty(policy.module, COSINE, {"other.weight": np.ones((2, 2), np.float32)})
+        AdapterPenalty(policy.module, COSINE, {"other.weight": np.ones((2, 2), np.float32)})
     name = next(n for n in vector if n.startswith("language_model") and n.endswith("q_proj.weight"))
     with pytest.raises(ValueError, match="extracted from another network"):
-        adapter_penalty(policy.module, COSINE, {name: np.ones((2, 2), np.float32)})
+        AdapterPenalty(policy.module, COSINE, {name: np.ones((2, 2), np.float32)})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,185 @@
+"""Is a capability vector worth what is said of it? One policy fine-tuned plainly, with an auxiliary objective, merged.
+
+    python -m benchmarks.capability [--seeds 0,1,2] [--steps 50,200] [--auxiliary spatial] [--alphas 1.1]
+
+CapVector (arXiv 2605.10903) claims the success of auxiliary fine-tuning at the cost of plain fine-tuning. For each seed
+a policy is trained on the quickstart's tasks (`pre`) and fine-tuned on one more task (EXTRACTED_ON) three times:
+plainly, with the auxiliary objective, and plainly with another seed. The first two give the vector, the first and third
+the control: a vector of nothing but chance. Then it is fine-tuned on a third task (USED_ON) in the ways of `ARMS`, each
+for every number of steps, and driven over the held-out states of that task and, after the most steps, of the tasks of
+`pre`, which fine-tuning may have unlearned.
+
+Every run is `launch.py train` and called NAME-...-sSEED; what has finished under runs/ is not run again. Episodes go to
+docs/results/NAME.jsonl, how the vectors lie to docs/results/NAME-vectors.jsonl, and the tables to docs/results/NAME.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.comparison import table
+from benchmarks.learning import rows_of, run_arm
+from configs.loader import load_recipe
+from learners.capability import extract, merged_once, read_manifest
+from trajectories.journal import Journal, read_journal
+
+PRE, FINE = Path("configs/quickstart.yaml"), Path("configs/capability.yaml")
+EXTRACTED_ON, USED_ON, BEFORE = "[3]", "[5]", "[0,8]"
+ARMS = ("sft", "auxiliary", "merged", "apart", "apart-cosine", "control")
+"""`sft`: plain fine-tuning; `auxiliary`: with the auxiliary objective; `merged`: plain, from pre + alpha gamma;
+`apart` and `apart-cosine`: the same, kept apart from gamma by either penalty; `control`: as `merged`, with the control
+vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """The runs of one training seed."""
+
+    name: str
+    seed: int
+    auxiliary: str
+    alpha: float
+    changes: Sequence[str]
+    root: Path = Path("runs")
+
+    def folder(self, what: str) -> Path:
+        return self.root / f"{self.name}-{what}-s{self.seed}"
+
+    def start(self, what: str) -> Path:
+        return self.folder(what) / "checkpoints" / "start"
+
+    def run(self, recipe: Path, what: str, overrides: Sequence[str]) -> Path:
+        """Run it unless it has finished; returns its folder."""
+        given = {"name": self.folder(what).name, "seed": self.seed, "demonstrations.seed": self.seed}
+        own = [key.partition("=")[0] for key in overrides]
+        kept = [f"{key}={value}" for key, value in given.items() if key not in own]
+        run_arm(recipe, [*kept, "rollouts.rounds=0", *self.changes, *overrides], self.folder(what))
+        return self.folder(what)
+
+    def vectors(self) -> dict[str, Path]:
+        """`gamma` and `control`, and all that they are made of."""
+        self.run(PRE, "pre", [])
+        fine = [f"supervised.init={self.start('pre')}", f"tasks.task_ids={EXTRACTED_ON}"]
+        self.run(FINE, "ext-sft", fine)
+        self.run(FINE, f"ext-{self.auxiliary}", [*fine, f"supervised.auxiliary={self.auxiliary}"])
+        self.run(FINE, "ext-control", [*fine, f"seed={1000 + self.seed}"])
+        made = {}
+        for vector, aux in (("gamma", f"ext-{self.auxiliary}"), ("control", "ext-control")):
+            made[vector] = self.root / f"{self.name}-{self.auxiliary}-{vector}-s{self.seed}"
+            if not made[vector].exists():
+                extract(self.start("pre"), sft=self.start("ext-sft"), aux=self.start(aux), out=made[vector])
+        return made
+
+    def label(self, arm: str) -> str:
+        """An arm and what else sets its runs apart."""
+        of_vector = f"{arm}-{self.auxiliary}-{self.alpha:g}"
+        return {"sft": arm, "auxiliary": f"{arm}-{self.auxiliary}"}.get(arm, of_vector)
+
+    def settings(self, arm: str, vectors: Mapping[str, Path]) -> list[str]:
+        """What an arm changes in the fine-tuning on the third task."""
+        pre = self.start("pre")
+        if arm in ("sft", "auxiliary"):
+            auxiliary = [f"supervised.auxiliary={self.auxiliary}"] if arm == "auxiliary" else []
+            return [f"supervised.init={pre}", *auxiliary]
+        vector = vectors["control" if arm == "control" else "gamma"]
+        init = merged_once(pre, vector, alpha=self.alpha, root=self.root)
+        penalty = {"apart": "elementwise", "apart-cosine": "cosine"}.get(arm)
+        apart = [f"capability.vector={vector}", f"capability.penalty={penalty}"] if penalty else []
+        return [f"supervised.init={init}", *apart]
+
+    def episodes(self, arms: Sequence[str], steps: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+        """Run everything; the outcomes of one run after another."""
+        vectors = self.vectors()
+        yield self._rows(self.folder("pre"), "pre", 0, "before")
+        for arm in arms:
+            for count in steps:
+                what = f"{self.label(arm)}-{count}"
+                settings = [*self.settings(arm, vectors), f"supervised.steps={count}"]
+                run = self.run(FINE, what, [f"tasks.task_ids={USED_ON}", *settings])
+                yield self._rows(run, arm, count, "task")
+            after = [f"start={self.folder(what)}", f"tasks.task_ids={BEFORE}"]
+            yield self._rows(self.run(PRE, f"{what}-before", after), arm, count, "before")
+
+    def _rows(self, run: Path, arm: str, steps: int, cells: str) -> list[dict[str, Any]]:
+        found = rows_of(run, load_recipe(run / "recipe.yaml"), arm, self.seed, 0)
+        extra = {"cells": cells, "steps": steps, "auxiliary": self.auxiliary, "alpha": self.alpha}
+        return [row | extra for row in found]
+
+
+def geometry(study: Study, vectors: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """How each vector lies to what plain fine-tuning changed: in all and by weight."""
+    rows = []
+    for name, path in vectors.items():
+        manifest = read_manifest(path)
+        for weight, found in (("all", manifest.total()), *manifest.layers.items()):
+            rows.append(
+                {
+                    "training_seed": study.seed,
+                    "auxiliary": study.auxiliary,
+                    "vector": name,
+                    "weight": weight,
+                    "gamma_over_sft": found.ratio,
+                    "cosine": found.cosine,
+                }
+            )
+    return rows
+
+
+def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: success on the task by steps, on the tasks before, and the vectors."""
+    parts = []
+    kinds = dict.fromkeys((r["cells"], r["auxiliary"], r["alpha"], r["steps"]) for r in rows if r["steps"])
+    for cells, auxiliary, alpha, steps in sorted(kinds, reverse=True):
+        what = "the task fine-tuned on" if cells == "task" else "the tasks before"
+        mine = [
+            r
+            for r in rows
+            if (r["cells"], r["auxiliary"], r["alpha"]) == (cells, auxiliary, alpha)
+            and r["steps"] in (steps, 0)
+        ]
+        parts.append(f"**On {what}**, {steps} steps, {auxiliary}, alpha {alpha:g}\n\n{table(mine)}")
+    lines = [
+        "| seed | auxiliary | vector | norm over plain fine-tuning's | cosine with it |",
+        "|---|---|---|---|---|",
+    ]
+    for r in vectors:
+        if r["weight"] == "all":
+            lies = f"{r['gamma_over_sft']:.3f} | {r['cosine']:+.3f}"
+            lines.append(f"| {r['training_seed']} | {r['auxiliary']} | {r['vector']} | {lies} |")
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+
+def main(
+    changes: Annotated[list[str] | None, typer.Argument(help="settings to change in every run")] = None,
+    seeds: Annotated[str, typer.Option(help="training seeds")] = "0,1,2",
+    arms: Annotated[str, typer.Option(help="arms to run")] = ",".join(ARMS),
+    steps: Annotated[str, typer.Option(help="fine-tuning steps, from few to many")] = "50,200",
+    auxiliary: Annotated[str, typer.Option(help="spatial or future")] = "spatial",
+    alphas: Annotated[str, typer.Option(help="how much of the vector")] = "1.1",
+    name: Annotated[str, typer.Option(help="of the files written and of the runs")] = "capability",
+    output: Annotated[Path, typer.Option(help="folder of tables and episodes")] = Path("docs/results"),
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    file, vector_file = output / f"{name}.jsonl", output / f"{name}-vectors.jsonl"
+    keys = ("arm", "training_seed", "steps", "cells", "auxiliary", "alpha")
+    for seed in map(int, seeds.split(",")):
+        for alpha in map(float, alphas.split(",")):
+            study = Study(name, seed, auxiliary, alpha, changes or [])
+            for rows in study.episodes(arms.split(","), [int(s) for s in steps.split(",")]):
+                held = {tuple(r[k] for k in keys) for r in read_journal(file)}
+                Journal(file, fsync=True).extend(r for r in rows if tuple(r[k] for k in keys) not in held)
+            known = {(r["training_seed"], r["auxiliary"]) for r in read_journal(vector_file)}
+            if (seed, auxiliary) not in known:
+                Journal(vector_file, fsync=True).extend(geometry(study, study.vectors()))
+    text = tables(read_journal(file), read_journal(vector_file))
+    file.with_suffix(".md").write_text(text)
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,127 @@
+"""What holding training apart from a vector costs, and what an auxiliary objective does: time and memory of a step.
+
+    python -m benchmarks.penalty [--repeats 20] [--threads 1] [--output FILE]
+
+One step is one of the supervised start (every weight trained, 32 decisions) of the tiny policy, with backward pass and
+AdamW. CapVector (arXiv 2605.10903) reports +0.002 % of arithmetic and +0.8 % of memory for the penalty. All variants
+alternate in one run, so that a busy machine slows all of them; medians are reported, of wall time and of processor
+time, and each variant's over the plain step's. `kept` counts the tensors that a variant holds beside the plain step's:
+the vector and the weights as they were, or the head and its targets.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.fingerprint import software_fingerprint, write_json
+from benchmarks.learner import IMAGE_SIZE, synthetic_trajectory
+from configs.policy import PolicyPart
+from configs.supervised import CapabilityPart, SupervisedPart
+from learners.orthogonality import FullPenalty
+from learners.supervised import SupervisedLearner
+from policies.make import make_policy
+from policies.weights.snapshots import state_tensors
+from trajectories.records import Trajectory
+
+VARIANTS = ("plain", "elementwise", "cosine", "spatial", "future")
+DEMOS = 4
+
+
+class Variant:
+    """One policy and its learner, ready to take steps."""
+
+    def __init__(self, name: str, part: PolicyPart, steps: int) -> None:
+        policy = make_policy(part, image_size=IMAGE_SIZE, seed=0, device=torch.device("cpu"))
+        weights = state_tensors(policy.module)
+        self.kept = 0
+        penalty = None
+        if name in ("elementwise", "cosine"):
+            rng = np.random.default_rng(0)
+            vector = {n: rng.normal(0, 0.01, w.shape).astype(np.float32) for n, w in weights.items()}
+            penalty = FullPenalty(policy.module, CapabilityPart(vector="drawn", penalty=name), vector)
+            self.kept = 2 * sum(w.nbytes for w in weights.values())
+        auxiliary = name if name in ("spatial", "future") else "none"
+        demos = [_with_depth(synthetic_trajectory(policy, part, seed, "success")) for seed in range(DEMOS)]
+        self._learner = SupervisedLearner(
+            policy, SupervisedPart(steps=steps, auxiliary=auxiliary), seed=0, demos=demos, penalty=penalty
+        )
+        if auxiliary != "none":
+            channels = {"spatial": 1, "future": 3}[auxiliary]
+            pixels = sum(len(demo.decisions) for demo in demos) * IMAGE_SIZE**2
+            # The head with its gradients and AdamW's moments, and the targets; float32.
+            self.kept = 4 * (pixels * channels + 4 * self._learner.auxiliary_parameters)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of one optimizer step, by the clock and of processor time."""
+        started, started_cpu = time.perf_counter(), time.process_time()
+        self._learner.step()
+        return time.perf_counter() - started, time.process_time() - started_cpu
+
+
+def _with_depth(demo: Trajectory) -> Trajectory:
+    decisions = tuple(
+        replace(
+            d, observation=replace(d.observation, depth=d.observation.agentview[..., 0].astype(np.float32))
+        )
+        for d in demo.decisions
+    )
+    return replace(demo, decisions=decisions)
+
+
+def measure(part: PolicyPart, repeats: int) -> list[dict[str, Any]]:
+    """One row per variant, all alternating after a step of warming up."""
+    variants = {name: Variant(name, part, repeats + 1) for name in VARIANTS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    for repeat in track(range(repeats + 1), description="steps"):
+        for name, variant in variants.items():
+            duration = variant.step()
+            if repeat:
+                seconds[name].append(duration)
+    rows = []
+    for name, values in seconds.items():
+        # Of one turn the variant and the plain step saw the same machine: the ratio is taken turn by turn.
+        over = [cpu / plain for (_, cpu), (_, plain) in zip(values, seconds["plain"], strict=True)]
+        rows.append(
+            {
+                "variant": name,
+                "step_ms": 1000 * statistics.median(wall for wall, _ in values),
+                "step_cpu_ms": 1000 * statistics.median(cpu for _, cpu in values),
+                "times_plain": statistics.median(over),
+                "kept_mib": variants[name].kept / 2**20,
+            }
+        )
+    return rows
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="timed steps of each variant", min=1)] = 20,
+    threads: Annotated[int, typer.Option(help="torch threads", min=1)] = 1,
+    output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
+) -> None:
+    """Measure, print a table, and write JSON when asked."""
+    torch.set_num_threads(threads)
+    part = PolicyPart(bins=21)
+    rows = measure(part, repeats)
+    table = Table(title=f"a supervised step of 32 decisions, {threads} thread(s)")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
+    Console().print(table)
+    if output is not None:
+        write_json(output, {"policy": part.model_dump(), "rows": rows, "fingerprint": software_fingerprint()})
+
+
+if __name__ == "__main__":
+    typer.run(main)

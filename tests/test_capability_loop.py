@@ -1,0 +1,98 @@
+"""A capability vector on real Ray, LIBERO and MuJoCo: two fine-tunings, extracted, merged, and trained apart from, in a
+supervised start and in an online round; as small as it gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.pipeline import train
+from configs.loader import RecipeError, load_recipe
+from learners.capability import CapabilityError, extract, merged_once
+from learners.checkpoint import load_checkpoint
+from tests.test_paradigm_loops import LITTLE, TINY, metrics
+from trajectories.codec import load_trajectory
+
+pytestmark = [pytest.mark.ray, pytest.mark.libero]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs `base`, and from it `sft` and `aux`."""
+    root = tmp_path_factory.mktemp("runs")
+    alone = [*LITTLE, f"root={root}", "rollouts.rounds=0"]
+    train(load_recipe(TINY, [*alone, "name=base"]))
+    begun = [*alone, f"supervised.init={start(root, 'base')}"]
+    train(load_recipe(TINY, [*begun, "name=sft"]))
+    train(load_recipe(TINY, [*begun, "name=aux", "supervised.auxiliary=spatial"]))
+    return root
+
+
+def start(root: Path, name: str) -> Path:
+    return root / name / "checkpoints" / "start"
+
+
+@pytest.fixture(scope="module")
+def vector(root: Path) -> Path:
+    extract(start(root, "base"), sft=start(root, "sft"), aux=start(root, "aux"), out=root / "gamma")
+    return root / "gamma"
+
+
+def test_fine_tuning_begins_with_the_weights_that_it_is_given(root: Path) -> None:
+    weights = {name: load_checkpoint(start(root, name))[0] for name in ("base", "sft", "aux")}
+    assert set(weights["base"]) == set(weights["aux"])
+    for name in ("sft", "aux"):
+        moved = [np.abs(weights[name][n] - weights["base"][n]).max() for n in weights["base"]]
+        # Four steps of at most the learning rate each.
+        assert 0 < max(moved) < 1e-2
+    (line,) = metrics(root / "aux", "supervised")
+    assert line["auxiliary_loss"] > 0
+    assert "auxiliary_loss" not in metrics(root / "sft", "supervised")[0]
+
+
+def test_depth_is_drawn_for_the_objective_that_asks_for_it_and_changes_nothing_else(root: Path) -> None:
+    plain, deep = (
+        [load_trajectory(path) for path in sorted((root / name / "demonstrations").iterdir())]
+        for name in ("sft", "aux")
+    )
+    assert [t.trajectory_id for t in plain] == [t.trajectory_id for t in deep]
+    for one, other in zip(plain, deep, strict=True):
+        for a, b in zip(one.decisions, other.decisions, strict=True):
+            assert a.observation.depth is None
+            assert b.observation.depth is not None
+            assert np.array_equal(a.observation.agentview, b.observation.agentview)
+
+
+def test_a_start_and_a_round_are_held_apart_from_the_vector(root: Path, vector: Path) -> None:
+    meta = merged_once(start(root, "base"), vector, alpha=1.1, root=root)
+    assert merged_once(start(root, "base"), vector, alpha=1.1, root=root) == meta
+    train(
+        load_recipe(
+            TINY,
+            [
+                *LITTLE,
+                f"root={root}",
+                "name=meta",
+                "rollouts.rounds=1",
+                f"supervised.init={meta}",
+                f"capability.vector={vector}",
+                "capability.penalty=cosine",
+            ],
+        )
+    )
+    (supervised,) = metrics(root / "meta", "supervised")
+    (update,) = metrics(root / "meta", "update")
+    for line in (supervised, update):
+        assert 0 < line["orthogonal_penalty"] < 1
+
+
+def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Path, vector: Path) -> None:
+    alone = [*LITTLE, f"root={root}", "name=other", "rollouts.rounds=0", "policy.decoder.width=32"]
+    for setting in (f"supervised.init={start(root, 'base')}", f"capability.vector={vector}"):
+        with pytest.raises(RecipeError, match=f"{setting.split('=')[0]}: .* is of shape .* policy has"):
+            train(load_recipe(TINY, [*alone, setting]))
+    with pytest.raises(CapabilityError, match="no capability vector"):
+        train(load_recipe(TINY, [*alone, f"capability.vector={start(root, 'base')}"]))
+    assert not (root / "other").exists()
