@@ -23,8 +23,8 @@ from objectives.orthogonal import (
 )
 from policies.weights import adapters
 
-_LITTLE = 1e-3
-"""Share of a weight's norm below which its change has no direction yet, see `objectives.orthogonal.squared_cosine`."""
+FLOOR = 0.1
+"""Share of the vector's norm below which a change has no direction yet, see `objectives.orthogonal.squared_cosine`."""
 
 
 class OrthogonalPenalty(Protocol):
@@ -58,13 +58,12 @@ class FullPenalty:
         self._gamma = _shared(vector, trained)
         self._weights = {name: trained[name] for name in self._gamma}
         self._began = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._floors = _floors(self._weights)
 
     def value(self) -> torch.Tensor:
         changes = {name: weight - self._began[name] for name, weight in self._weights.items()}
         if self._part.penalty == "elementwise":
             return elementwise_penalty(self._gamma, changes)
-        return cosine_penalty(self._gamma, changes, floors=self._floors)
+        return cosine_penalty(self._gamma, changes, floor=FLOOR)
 
     @torch.no_grad()
     def add_gradients(self) -> dict[str, float]:
@@ -76,7 +75,7 @@ class FullPenalty:
             value, gradient = (
                 elementwise_and_gradient(gamma, delta)
                 if elementwise
-                else squared_cosine_and_gradient(gamma, delta, floor=self._floors[name])
+                else squared_cosine_and_gradient(gamma, delta, floor=FLOOR)
             )
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -99,11 +98,10 @@ class AdapterPenalty:
         self._part = part
         self._gamma = _shared(vector, bases)
         self._layers = {name: layers[name] for name in self._gamma}
-        self._floors = _floors({name: bases[name] for name in self._gamma})
 
     def value(self) -> torch.Tensor:
         changes = {name: _change(layer) for name, layer in self._layers.items()}
-        return cosine_penalty(self._gamma, changes, floors=self._floors)
+        return cosine_penalty(self._gamma, changes, floor=FLOOR)
 
     def add_gradients(self) -> dict[str, float]:
         value = self.value()
@@ -132,10 +130,3 @@ def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor
                 f"{list(weights[name].shape)}: it was extracted from another network"
             )
     return {name: torch.from_numpy(vector[name]).to(weights[name].device) for name in names}
-
-
-def _floors(weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return {
-        name: (_LITTLE * torch.linalg.vector_norm(weight.detach().float()).item()) ** 2
-        for name, weight in weights.items()
-    }

@@ -114,21 +114,19 @@ def squared_cosine(gamma: Matrix, delta: Matrix, *, floor: float = 0.0) -> torch
     """cos^2 of the angle between two changes of one weight, in [0, 1]; 0 where either is zero.
 
     Its gradient at delta = 0 is zero, and just beside it, without bound: the direction of next to nothing turns with
-    the smallest step. `floor` is added to ||delta||^2, so that a change well below its root counts little.
+    the smallest step. (floor ||gamma||)^2 is added to ||delta||^2, so that a change well below that counts little.
     """
-    product = inner(gamma, delta)
-    return product.square() / (squared_norm(gamma) * (squared_norm(delta) + floor) + _TINY**2)
+    product, squares = inner(gamma, delta), squared_norm(gamma)
+    return product.square() / (squares * (squared_norm(delta) + floor**2 * squares) + _TINY**2)
 
 
 def cosine_penalty(
-    gamma: Mapping[str, Matrix], delta: Mapping[str, Matrix], *, floors: Mapping[str, float] | None = None
+    gamma: Mapping[str, Matrix], delta: Mapping[str, Matrix], *, floor: float = 0.0
 ) -> torch.Tensor:
-    """Mean over the weights that both name of `squared_cosine`, a scalar in [0, 1]; `floors` by weight, default none.
-    Raises ValueError where they share no weight."""
-    floors = floors or {}
-    return torch.stack(
-        [squared_cosine(gamma[n], delta[n], floor=floors.get(n, 0.0)) for n in _shared(gamma, delta)]
-    ).mean()
+    """Mean over the weights that both name of `squared_cosine`, a scalar in [0, 1]. Raises ValueError where there is
+    none."""
+    shared = _shared(gamma, delta)
+    return torch.stack([squared_cosine(gamma[name], delta[name], floor=floor) for name in shared]).mean()
 
 
 def elementwise_penalty(gamma: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -160,7 +158,7 @@ def squared_cosine_and_gradient(
     """`squared_cosine` of dense weights, and its gradient in delta, likewise."""
     one, other = gamma.flatten(), delta.flatten()
     product, squares = torch.vdot(one, other), torch.vdot(one, one)
-    scale = squares * (torch.vdot(other, other) + floor) + _TINY**2
+    scale = squares * (torch.vdot(other, other) + floor**2 * squares) + _TINY**2
     value = product.square() / scale
     return value, (gamma * (2 * product / scale)).sub_(delta * (2 * value * squares / scale))
 

@@ -25,14 +25,16 @@ PARADIGMS = {
 SURROGATES = [name for name in PARADIGMS if name != "autoregressive"]
 
 
-def new(name: str, seed: int = 0) -> Policy:
-    """A random policy. pi-0.5's gates, which begin at zero and let nothing through, are opened."""
-    policy = make_policy(PARADIGMS[name], image_size=SIZE, seed=seed, device=torch.device("cpu"))
+def new(name: str, seed: int = 0, device: torch.device | None = None) -> Policy:
+    """A random policy, the same on every device. pi-0.5's gates, which begin at zero and let nothing through, are
+    opened."""
+    policy = make_policy(PARADIGMS[name], image_size=SIZE, seed=seed, device=device or torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in policy.module.named_parameters():
             if "norm.dense." in parameter_name:
-                parameter.normal_(std=0.3, generator=generator)
+                drawn = torch.empty(parameter.shape).normal_(std=0.3, generator=generator)
+                parameter.copy_(drawn)
     return policy
 
 
