@@ -1,11 +1,12 @@
 """Time and memory of acting, scoring and one preference step at published size, on one CUDA device.
 
-    python -m benchmarks.real_size [--models openvla,pi05,ddvla] [--adapters lora,dora] [--batches 1,8]
+    python -m benchmarks.real_size [--models openvla,pi05,ddvla] [--adapters lora,lora-apart,dora] [--batches 1,8]
                                    [--micro-batch 8] [--output FILE]
 
 Weights are random, which changes neither time nor memory; they are made on the device, so no checkpoint is needed.
 Each model's device memory is freed before the next. Peak memory is torch's own count of what it had allocated. What
-does not fit the device is reported as such, and the rest is measured all the same.
+does not fit the device is reported as such, and the rest is measured all the same. `lora-apart` is LoRA kept apart from
+a capability vector of the adapted layers, by the cosine penalty.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.published_sizes import openvla_7b
 from configs.policy import DiffusionPart, FlowPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.supervised import CapabilityPart
 from learners.preference import PreferenceLearner
 from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.modules import ModuleDecoder
@@ -43,9 +45,10 @@ from policies.pi0.inputs import PlainInputs
 from policies.pi0.network import Pi0Network
 from policies.pi0.sizes import PI05, Pi0Config
 from policies.protocol import Policy
+from policies.weights import adapters
 from trajectories.records import Cell, Decision, Observation, Outcome, PreferencePair, Trajectory
 
-Method = Literal["lora", "dora"]
+Method = Literal["lora", "lora-apart", "dora"]
 Measured = dict[str, float] | None
 GIB = 1 << 30
 PROMPT = "pick up the alphabet soup and place it in the basket"
@@ -153,9 +156,9 @@ def measure(
             del policy
             _free()
             policy = build()
-        found[f"step_{method}"] = timed(
-            partial(_learner(policy, method, micro_batch).update, [pair], [pair.chosen], [])
-        )
+        learner = _learner(policy, method, micro_batch)
+        found[f"step_{method}"] = timed(partial(learner.update, [pair], [pair.chosen], []))
+        del learner
     return found
 
 
@@ -173,15 +176,25 @@ def _passes(
 
 
 def _learner(policy: Policy, method: Method, micro_batch: int) -> PreferenceLearner:
+    vector = None
+    if method == "lora-apart":
+        linears = (
+            (name, parameter)
+            for name, parameter in policy.module.named_parameters()
+            if name.split(".")[-2] in adapters.LINEARS
+        )
+        vector = {name: np.zeros(tuple(parameter.shape), np.float32) for name, parameter in linears}
     return PreferenceLearner(
         policy,
-        adapter=AdapterPart(method=method, rank=32, alpha=64),
+        adapter=AdapterPart(method="dora" if method == "dora" else "lora", rank=32, alpha=64),
         preference=PreferencePart(
             reference="start", credit="uniform", demo_weight=0, steps=1, micro_batch=micro_batch
         ),
         guard=GuardPart(chosen_drop=1e9),
         base_hash="",
         seed=0,
+        capability=CapabilityPart(vector="drawn", penalty="cosine"),
+        vector=vector,
     )
 
 
@@ -242,7 +255,9 @@ def shown(one: Measured) -> str:
 
 def main(
     models: Annotated[str, typer.Option(help="which, separated by commas")] = "openvla,pi05,ddvla",
-    adapters: Annotated[str, typer.Option(help="adapter methods, separated by commas")] = "lora,dora",
+    methods: Annotated[
+        str, typer.Option("--adapters", help="adapter methods, separated by commas")
+    ] = "lora,lora-apart,dora",
     batches: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,8",
     micro_batch: Annotated[int, typer.Option(help="decisions in one pass of the step", min=1)] = 8,
     repeats: Annotated[int, typer.Option(help="timed runs of each", min=1)] = 5,
@@ -259,8 +274,8 @@ def main(
         "pi05": lambda: pi05(PI05, device, dtype),
         "ddvla": lambda: ddvla(openvla_7b(), device, dtype),
     }
-    names, methods = models.split(","), adapters.split(",")
-    for given, known, what in ((names, build, "models"), (methods, ("lora", "dora"), "adapters")):
+    names, chosen = models.split(","), methods.split(",")
+    for given, known, what in ((names, build, "models"), (chosen, get_args(Method), "adapters")):
         if unknown := [one for one in given if one not in known]:
             typer.echo(f"pairloom: {what} are {', '.join(known)}; got {unknown[0]!r}", err=True)
             raise typer.Exit(2)
@@ -275,7 +290,7 @@ def main(
             build[name],
             image_size=PI05.vision.image,
             batches=[int(size) for size in batches.split(",")],
-            methods=cast(Sequence[Method], methods),
+            methods=cast(Sequence[Method], chosen),
             micro_batch=micro_batch,
             repeats=repeats,
         )

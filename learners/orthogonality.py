@@ -57,13 +57,14 @@ class FullPenalty:
         self._part = part
         self._gamma = _shared(vector, trained)
         self._weights = {name: trained[name] for name in self._gamma}
+        self._squares = _squares(self._gamma)
         self._began = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     def value(self) -> torch.Tensor:
         changes = {name: weight - self._began[name] for name, weight in self._weights.items()}
         if self._part.penalty == "elementwise":
             return elementwise_penalty(self._gamma, changes)
-        return cosine_penalty(self._gamma, changes, floor=FLOOR)
+        return cosine_penalty(self._gamma, changes, floor=FLOOR, squares=self._squares)
 
     @torch.no_grad()
     def add_gradients(self) -> dict[str, float]:
@@ -75,7 +76,7 @@ class FullPenalty:
             value, gradient = (
                 elementwise_and_gradient(gamma, delta)
                 if elementwise
-                else squared_cosine_and_gradient(gamma, delta, floor=FLOOR)
+                else squared_cosine_and_gradient(gamma, delta, squares=self._squares[name], floor=FLOOR)
             )
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -97,11 +98,12 @@ class AdapterPenalty:
         bases = {name: layer.get_base_layer().get_parameter("weight") for name, layer in layers.items()}
         self._part = part
         self._gamma = _shared(vector, bases)
+        self._squares = _squares(self._gamma)
         self._layers = {name: layers[name] for name in self._gamma}
 
     def value(self) -> torch.Tensor:
         changes = {name: _change(layer) for name, layer in self._layers.items()}
-        return cosine_penalty(self._gamma, changes, floor=FLOOR)
+        return cosine_penalty(self._gamma, changes, floor=FLOOR, squares=self._squares)
 
     def add_gradients(self) -> dict[str, float]:
         value = self.value()
@@ -119,7 +121,7 @@ def _change(layer: adapters.AdaptedLinear) -> Matrix:
 
 
 def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The vector's tensors of these weights, where they are, float32."""
+    """The vector's tensors of these weights, where they are and in their dtype, which is the one it was stored in."""
     names = [name for name in vector if name in weights]
     if not names:
         raise ValueError("the capability vector names none of the weights that are trained here")
@@ -129,4 +131,9 @@ def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor
                 f"the capability vector's {name} is {list(vector[name].shape)}, expected "
                 f"{list(weights[name].shape)}: it was extracted from another network"
             )
-    return {name: torch.from_numpy(vector[name]).to(weights[name].device) for name in names}
+    return {name: torch.from_numpy(vector[name]).to(weights[name]) for name in names}
+
+
+def _squares(gamma: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """||gamma||^2 by weight, float32."""
+    return {name: torch.linalg.vector_norm(g, dtype=torch.float32).square() for name, g in gamma.items()}

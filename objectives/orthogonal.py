@@ -60,8 +60,8 @@ class Rescaled:
 
     def inner(self, other: torch.Tensor) -> torch.Tensor:
         """<other, this>, for a dense other."""
-        scales, rows = self.scales(), torch.einsum("mn,mn->m", other, self.base)
-        product = (self.low.left * (other @ self.low.right.T)).sum(dim=1)
+        scales, rows = self.scales(), torch.einsum("mn,mn->m", other.to(self.base.dtype), self.base)
+        product = (self.low.left * _thin(other, self.low.right)).sum(dim=1)
         return ((scales - 1) * rows + scales * product).sum()
 
     def squared_norm(self) -> torch.Tensor:
@@ -86,7 +86,7 @@ Matrix = torch.Tensor | LowRank | Rescaled
 
 def inner(a: Matrix, b: Matrix) -> torch.Tensor:
     """Frobenius inner product <a, b>, a scalar; with `LowRank` on either side, or `Rescaled` on one, from the factors
-    alone.
+    alone, in the dense matrix's dtype.
 
     Raises ValueError where the shapes differ, and TypeError for `Rescaled` and an adapter's change.
     """
@@ -101,8 +101,15 @@ def inner(a: Matrix, b: Matrix) -> torch.Tensor:
         if isinstance(b, LowRank):
             # <U V, B A> = tr((B^T U)(V A^T)), two r x q grams.
             return ((b.left.T @ a.left) * (b.right @ a.right.T)).sum()
-        return (a.left * (b @ a.right.T)).sum()
-    return (b.left * (a @ b.right.T)).sum() if isinstance(b, LowRank) else (a * b).sum()
+        return (a.left * _thin(b, a.right)).sum()
+    if isinstance(b, LowRank):
+        return (b.left * _thin(a, b.right)).sum()
+    return torch.vdot(a.flatten(), b.flatten())
+
+
+def _thin(dense: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """dense @ right^T, [m, r], a product of the dense matrix's dtype."""
+    return (dense @ right.T.to(dense.dtype)).to(right.dtype)
 
 
 def squared_norm(matrix: Matrix) -> torch.Tensor:
@@ -110,23 +117,35 @@ def squared_norm(matrix: Matrix) -> torch.Tensor:
     return matrix.squared_norm() if isinstance(matrix, Rescaled) else inner(matrix, matrix)
 
 
-def squared_cosine(gamma: Matrix, delta: Matrix, *, floor: float = 0.0) -> torch.Tensor:
+def squared_cosine(
+    gamma: Matrix, delta: Matrix, *, floor: float = 0.0, squares: torch.Tensor | None = None
+) -> torch.Tensor:
     """cos^2 of the angle between two changes of one weight, in [0, 1]; 0 where either is zero.
 
     Its gradient at delta = 0 is zero, and just beside it, without bound: the direction of next to nothing turns with
     the smallest step. (floor ||gamma||)^2 is added to ||delta||^2, so that a change well below that counts little.
+    `squares` is ||gamma||^2, where it is known.
     """
-    product, squares = inner(gamma, delta), squared_norm(gamma)
+    product = inner(gamma, delta)
+    squares = squared_norm(gamma) if squares is None else squares
     return product.square() / (squares * (squared_norm(delta) + floor**2 * squares) + _TINY**2)
 
 
 def cosine_penalty(
-    gamma: Mapping[str, Matrix], delta: Mapping[str, Matrix], *, floor: float = 0.0
+    gamma: Mapping[str, Matrix],
+    delta: Mapping[str, Matrix],
+    *,
+    floor: float = 0.0,
+    squares: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Mean over the weights that both name of `squared_cosine`, a scalar in [0, 1]. Raises ValueError where there is
     none."""
-    shared = _shared(gamma, delta)
-    return torch.stack([squared_cosine(gamma[name], delta[name], floor=floor) for name in shared]).mean()
+    known = squares or {}
+    cosines = [
+        squared_cosine(gamma[name], delta[name], floor=floor, squares=known.get(name))
+        for name in _shared(gamma, delta)
+    ]
+    return torch.stack(cosines).mean()
 
 
 def elementwise_penalty(gamma: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -153,11 +172,11 @@ def elementwise_and_gradient(gamma: torch.Tensor, delta: torch.Tensor) -> tuple[
 
 
 def squared_cosine_and_gradient(
-    gamma: torch.Tensor, delta: torch.Tensor, *, floor: float = 0.0
+    gamma: torch.Tensor, delta: torch.Tensor, *, squares: torch.Tensor, floor: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`squared_cosine` of dense weights, and its gradient in delta, likewise."""
+    """`squared_cosine` of dense weights, and its gradient in delta, likewise; `squares` is ||gamma||^2."""
     one, other = gamma.flatten(), delta.flatten()
-    product, squares = torch.vdot(one, other), torch.vdot(one, one)
+    product = torch.vdot(one, other)
     scale = squares * (torch.vdot(other, other) + floor**2 * squares) + _TINY**2
     value = product.square() / scale
     return value, (gamma * (2 * product / scale)).sub_(delta * (2 * value * squares / scale))

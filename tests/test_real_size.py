@@ -123,8 +123,14 @@ def test_what_is_measured_runs_at_tiny_size(name: str) -> None:
     network = build().module
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
     found = real_size.measure(
-        build, image_size=28, batches=[1, 2], methods=["lora", "dora"], micro_batch=2, repeats=1
+        build,
+        image_size=28,
+        batches=[1, 2],
+        methods=["lora", "lora-apart", "dora"],
+        micro_batch=2,
+        repeats=1,
     )
     assert found["parameters"] == sum(p.numel() for p in network.parameters())
-    assert set(found) == {"parameters", "act_1", "score_1", "act_2", "score_2", "step_lora", "step_dora"}
+    steps = {"step_lora", "step_lora-apart", "step_dora"}
+    assert set(found) == {"parameters", "act_1", "score_1", "act_2", "score_2", *steps}
     assert all(found[key]["ms"] > 0 for key in found if key != "parameters")
