@@ -5,7 +5,7 @@ CapVector, arXiv 2605.10903, Eq. 8: L = L_action + lambda L_orth. The objectives
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -86,7 +86,8 @@ class FullPenalty:
 
 
 class AdapterPenalty:
-    """Of the layers that an adapter is on, from its factors alone."""
+    """Of the layers that an adapter is on, from its factors alone. Layers of one shape are computed as a stack: on a
+    GPU a kernel for each of some hundred layers would take longer than what it computes."""
 
     def __init__(
         self, module: torch.nn.Module, part: CapabilityPart, vector: Mapping[str, np.ndarray]
@@ -95,14 +96,23 @@ class AdapterPenalty:
         if part.penalty == "elementwise":
             raise ValueError("capability.penalty=elementwise is of whole weights; an adapter's is cosine")
         layers = {f"{name}.weight": layer for name, layer in adapters.adapted_layers(module)}
-        bases = {name: layer.get_base_layer().get_parameter("weight") for name, layer in layers.items()}
+        gamma = _shared(vector, {name: _weight(layer) for name, layer in layers.items()})
+        by_shape: dict[str, list[str]] = {}
+        for name, tensor in gamma.items():
+            by_shape.setdefault(str(list(tensor.shape)), []).append(name)
         self._part = part
-        self._gamma = _shared(vector, bases)
-        self._squares = _squares(self._gamma)
-        self._layers = {name: layers[name] for name in self._gamma}
+        self._stacks = {
+            shape: _Stack([layers[name] for name in names], [gamma.pop(name) for name in names])
+            for shape, names in by_shape.items()
+        }
+        self._gamma = {shape: stack.gamma for shape, stack in self._stacks.items()}
+        self._squares = {
+            shape: torch.linalg.vector_norm(stack.gamma, dim=(-2, -1), dtype=torch.float32).square()
+            for shape, stack in self._stacks.items()
+        }
 
     def value(self) -> torch.Tensor:
-        changes = {name: _change(layer) for name, layer in self._layers.items()}
+        changes = {shape: stack.change() for shape, stack in self._stacks.items()}
         return cosine_penalty(self._gamma, changes, floor=FLOOR, squares=self._squares)
 
     def add_gradients(self) -> dict[str, float]:
@@ -111,13 +121,45 @@ class AdapterPenalty:
         return {"orthogonal_penalty": value.item()}
 
 
-def _change(layer: adapters.AdaptedLinear) -> Matrix:
-    own = adapters.factors(layer)
-    low = LowRank(left=adapters.scaling(layer) * own["B"], right=own["A"])
-    if "m" not in own:
-        return low
-    base = layer.get_base_layer().get_parameter("weight").float()
-    return Rescaled(base=base, low=low, magnitude=own["m"])
+class _Stack:
+    """Adapted layers of one shape, and the vector's tensors of them."""
+
+    def __init__(self, layers: Sequence[adapters.AdaptedLinear], gammas: Sequence[torch.Tensor]) -> None:
+        self._layers = layers
+        self.gamma = torch.stack(list(gammas))
+        if "m" in adapters.factors(layers[0]):
+            bases = [_weight(layer) for layer in layers]
+            self._squares = torch.stack([_row_products(base, base) for base in bases])
+            self._along = torch.stack([_row_products(g, base) for g, base in zip(gammas, bases, strict=True)])
+
+    def change(self) -> Matrix:
+        """Of all layers, a stack [G, m, n]."""
+        factors = [adapters.factors(layer) for layer in self._layers]
+        left = adapters.scaling(self._layers[0]) * torch.stack([own["B"] for own in factors])
+        low = LowRank(left=left, right=torch.stack([own["A"] for own in factors]))
+        if "m" not in factors[0]:
+            return low
+        projected = [
+            (_weight(layer) @ own["A"].mT.to(_weight(layer).dtype)).to(left.dtype)
+            for layer, own in zip(self._layers, factors, strict=True)
+        ]
+        return Rescaled(
+            low=low,
+            magnitude=torch.stack([own["m"] for own in factors]),
+            projected=torch.stack(projected),
+            squares=self._squares,
+            along=self._along,
+        )
+
+
+def _weight(layer: adapters.AdaptedLinear) -> torch.Tensor:
+    """Of the layer as it was before the adapter."""
+    return layer.get_base_layer().get_parameter("weight").detach()
+
+
+def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """<a_i, b_i> by row, float32."""
+    return torch.einsum("mn,mn->m", a.float(), b.float())
 
 
 def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,59 +25,60 @@ _TINY = 1e-12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
-    """A matrix as the product of two factors, `left @ right`, never multiplied out."""
+    """A matrix, or a stack of matrices of one shape, as the product of two factors, `left @ right`, never multiplied
+    out."""
 
     left: torch.Tensor
-    """float [m, r], with whatever scale the product has."""
+    """float [..., m, r], with whatever scale the product has."""
     right: torch.Tensor
-    """float [r, n]."""
+    """float [..., r, n]."""
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.left.shape[0], self.right.shape[1]))
+        return torch.Size((*self.left.shape[:-1], self.right.shape[-1]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rescaled:
     """DoRA's change of a weight W: c (W + B A) - W with c_i = m_i / ||W_i + (B A)_i|| for row i (arXiv 2402.09353,
-    Eq. 5), never multiplied out. The norm counts as a constant in the backward pass (section 4.3)."""
+    Eq. 5), never multiplied out. The norm counts as a constant in the backward pass (section 4.3).
 
-    base: torch.Tensor
-    """W, float [m, n]."""
+    What its inner product with a gamma needs of W is given by row, for W does not change.
+    """
+
     low: LowRank
     """B A, with its scale."""
     magnitude: torch.Tensor
-    """float [m]."""
+    """m, float [..., m]."""
+    projected: torch.Tensor
+    """W A^T, float [..., m, r]."""
+    squares: torch.Tensor
+    """||W_i||^2, float [..., m]."""
+    along: torch.Tensor
+    """<gamma_i, W_i>, float [..., m], of the gamma that this is compared with."""
 
     @property
     def shape(self) -> torch.Size:
         return self.low.shape
 
-    def scales(self) -> torch.Tensor:
-        """c, float [m]."""
-        squares, mixed, added = self._rows()
-        return self.magnitude / (squares + 2 * mixed + added).detach().sqrt()
-
-    def inner(self, other: torch.Tensor) -> torch.Tensor:
-        """<other, this>, for a dense other."""
-        scales, rows = self.scales(), torch.einsum("mn,mn->m", other.to(self.base.dtype), self.base)
-        product = (self.low.left * _thin(other, self.low.right)).sum(dim=1)
-        return ((scales - 1) * rows + scales * product).sum()
+    def inner(self, gamma: torch.Tensor) -> torch.Tensor:
+        """<gamma, this>."""
+        scales, _, _ = self._rows()
+        product = (self.low.left * _thin(gamma, self.low.right)).sum(dim=-1)
+        return ((scales - 1) * self.along + scales * product).sum(dim=-1)
 
     def squared_norm(self) -> torch.Tensor:
         """||this||^2."""
-        scales, (squares, mixed, added) = self.scales(), self._rows()
-        return ((scales - 1) ** 2 * squares + 2 * (scales - 1) * scales * mixed + scales**2 * added).sum()
+        scales, mixed, added = self._rows()
+        parts = (scales - 1) ** 2 * self.squares + 2 * (scales - 1) * scales * mixed + scales**2 * added
+        return parts.sum(dim=-1)
 
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """By row: ||W_i||^2, <W_i, (B A)_i> and ||(B A)_i||^2."""
+        """By row: c_i, <W_i, (B A)_i> and ||(B A)_i||^2."""
         left, right = self.low.left, self.low.right
-        squares = torch.einsum("mn,mn->m", self.base, self.base)
-        return (
-            squares,
-            (left * (self.base @ right.T)).sum(dim=1),
-            (left * (left @ (right @ right.T))).sum(dim=1),
-        )
+        mixed = (left * self.projected).sum(dim=-1)
+        added = (left * (left @ (right @ right.mT))).sum(dim=-1)
+        return self.magnitude / (self.squares + 2 * mixed + added).detach().sqrt(), mixed, added
 
 
 Matrix = torch.Tensor | LowRank | Rescaled
@@ -86,30 +87,31 @@ Matrix = torch.Tensor | LowRank | Rescaled
 
 def inner(a: Matrix, b: Matrix) -> torch.Tensor:
     """Frobenius inner product <a, b>, a scalar; with `LowRank` on either side, or `Rescaled` on one, from the factors
-    alone, in the dense matrix's dtype.
+    alone, in the dense matrix's dtype, and of a stack [G, ...] by matrix, [G].
 
     Raises ValueError where the shapes differ, and TypeError for `Rescaled` and an adapter's change.
     """
     if a.shape != b.shape:
         raise ValueError(f"an inner product of {list(a.shape)} and {list(b.shape)}, expected equal shapes")
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.vdot(a.flatten(), b.flatten())
     if isinstance(a, Rescaled) or isinstance(b, Rescaled):
         one, other = (a, b) if isinstance(a, Rescaled) else (b, a)
         if not isinstance(one, Rescaled) or not isinstance(other, torch.Tensor):
             raise TypeError("DoRA's change has an inner product with a dense matrix only")
         return one.inner(other)
-    if isinstance(a, LowRank):
-        if isinstance(b, LowRank):
-            # <U V, B A> = tr((B^T U)(V A^T)), two r x q grams.
-            return ((b.left.T @ a.left) * (b.right @ a.right.T)).sum()
-        return (a.left * _thin(b, a.right)).sum()
-    if isinstance(b, LowRank):
-        return (b.left * _thin(a, b.right)).sum()
-    return torch.vdot(a.flatten(), b.flatten())
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        # <U V, B A> = tr((B^T U)(V A^T)), two r x q grams.
+        return ((b.left.mT @ a.left) * (b.right @ a.right.mT)).sum(dim=(-2, -1))
+    low, dense = (a, b) if isinstance(a, LowRank) else (b, a)
+    assert isinstance(low, LowRank)
+    assert isinstance(dense, torch.Tensor)
+    return (low.left * _thin(dense, low.right)).sum(dim=(-2, -1))
 
 
 def _thin(dense: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """dense @ right^T, [m, r], a product of the dense matrix's dtype."""
-    return (dense @ right.T.to(dense.dtype)).to(right.dtype)
+    """dense @ right^T, [..., m, r], a product of the dense matrix's dtype."""
+    return (dense @ right.mT.to(dense.dtype)).to(right.dtype)
 
 
 def squared_norm(matrix: Matrix) -> torch.Tensor:
@@ -145,7 +147,7 @@ def cosine_penalty(
         squared_cosine(gamma[name], delta[name], floor=floor, squares=known.get(name))
         for name in _shared(gamma, delta)
     ]
-    return torch.stack(cosines).mean()
+    return torch.cat([one.flatten() for one in cosines]).mean()
 
 
 def elementwise_penalty(gamma: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> torch.Tensor:

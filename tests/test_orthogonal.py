@@ -107,7 +107,13 @@ def test_dora_s_change_is_never_multiplied_out_and_is_the_dense_one() -> None:
     low = low_rank(12, 3, 7, seed=1)
     magnitude = base.norm(dim=1) * (1 + 0.1 * torch.randn(12, generator=generator, dtype=torch.float64))
     gamma = dense(low_rank(12, 7, 7, seed=2))
-    change = Rescaled(base=base, low=low, magnitude=magnitude)
+    change = Rescaled(
+        low=low,
+        magnitude=magnitude,
+        projected=base @ low.right.T,
+        squares=base.square().sum(dim=1),
+        along=(gamma * base).sum(dim=1),
+    )
     direction = base + dense(low)
     expected = (magnitude / direction.norm(dim=1))[:, None] * direction - base
     torch.testing.assert_close(inner(gamma, change), (gamma * expected).sum())
@@ -137,3 +143,14 @@ def test_next_to_nothing_has_no_direction() -> None:
     assert squared_cosine(gamma, 1e-4 * gamma, floor=0.1) < 1e-5
     assert squared_cosine(gamma, 0.1 * gamma, floor=0.1) == pytest.approx(0.5)
     assert squared_cosine(gamma, 100 * gamma, floor=0.1) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_stack_is_its_matrices_one_by_one() -> None:
+    lows, gammas = ([low_rank(6, 2, 5, seed=s) for s in seeds] for seeds in ((0, 1, 2), (3, 4, 5)))
+    stack = LowRank(left=torch.stack([x.left for x in lows]), right=torch.stack([x.right for x in lows]))
+    gamma = torch.stack([dense(x) for x in gammas])
+    one_by_one = torch.stack([squared_cosine(g, x, floor=0.1) for g, x in zip(gamma, lows, strict=True)])
+    squares = gamma.square().sum(dim=(1, 2))
+    torch.testing.assert_close(squared_cosine(gamma, stack, floor=0.1, squares=squares), one_by_one)
+    found = cosine_penalty({"w": gamma}, {"w": stack}, floor=0.1, squares={"w": squares})
+    torch.testing.assert_close(found, one_by_one.mean())
