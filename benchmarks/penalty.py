@@ -2,10 +2,11 @@
 
     python -m benchmarks.penalty [--repeats 20] [--threads 1] [--output FILE]
 
-One step is one of the supervised start (every weight trained, 32 decisions) of the tiny policy, with backward pass and
-AdamW. CapVector (arXiv 2605.10903) reports +0.002 % of arithmetic and +0.8 % of memory for the penalty. All variants
-alternate in one run, so that a busy machine slows all of them; medians are reported, of wall time and of processor
-time, and each variant's over the plain step's. `kept` counts the tensors that a variant holds beside the plain step's:
+A step is one of the supervised start (every weight trained, 32 decisions) of the tiny policy, with backward pass and
+AdamW; or, for `lora` and `dora`, one of an update of UPDATE_STEPS steps with everything that it does. CapVector
+(arXiv 2605.10903) reports +0.002 % of arithmetic and +0.8 % of memory for the penalty. All variants alternate in one
+run, so that a busy machine slows all of them; medians are reported, of wall time and of processor time, and each
+variant's over that of the same step without. `kept` counts the tensors that a variant holds beside the plain step's:
 the vector and the weights as they were, or the head and its targets.
 """
 
@@ -27,19 +28,35 @@ from rich.table import Table
 from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.learner import IMAGE_SIZE, synthetic_trajectory
 from configs.policy import PolicyPart
+from configs.schema import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.orthogonality import FullPenalty
+from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
+from policies.protocol import Policy
+from policies.weights.adapters import adapted_layers
 from policies.weights.snapshots import state_tensors
-from trajectories.records import Trajectory
+from trajectories.records import PreferencePair, Trajectory
 
-VARIANTS = ("plain", "elementwise", "cosine", "spatial", "future")
-DEMOS = 4
+VARIANTS = {
+    "plain": "plain",
+    "elementwise": "plain",
+    "cosine": "plain",
+    "spatial": "plain",
+    "future": "plain",
+    "lora": "lora",
+    "lora-cosine": "lora",
+    "dora": "dora",
+    "dora-cosine": "dora",
+}
+"""What is measured, and what it is compared with."""
+DEMOS, PAIRS = 4, 4
+UPDATE_STEPS = 4
 
 
-class Variant:
-    """One policy and its learner, ready to take steps."""
+class Supervised:
+    """One policy and its supervised learner, ready to take steps."""
 
     def __init__(self, name: str, part: PolicyPart, steps: int) -> None:
         policy = make_policy(part, image_size=IMAGE_SIZE, seed=0, device=torch.device("cpu"))
@@ -47,9 +64,8 @@ class Variant:
         self.kept = 0
         penalty = None
         if name in ("elementwise", "cosine"):
-            rng = np.random.default_rng(0)
-            vector = {n: rng.normal(0, 0.01, w.shape).astype(np.float32) for n, w in weights.items()}
-            penalty = FullPenalty(policy.module, CapabilityPart(vector="drawn", penalty=name), vector)
+            capability = CapabilityPart.model_validate({"vector": "drawn", "penalty": name})
+            penalty = FullPenalty(policy.module, capability, vector_of(policy))
             self.kept = 2 * sum(w.nbytes for w in weights.values())
         auxiliary = name if name in ("spatial", "future") else "none"
         demos = [_with_depth(synthetic_trajectory(policy, part, seed, "success")) for seed in range(DEMOS)]
@@ -69,6 +85,50 @@ class Variant:
         return time.perf_counter() - started, time.process_time() - started_cpu
 
 
+class Adapter:
+    """One policy and its preference learner."""
+
+    def __init__(self, name: str, part: PolicyPart) -> None:
+        policy = make_policy(part, image_size=IMAGE_SIZE, seed=0, device=torch.device("cpu"))
+        vector = vector_of(policy) if name.endswith("-cosine") else None
+        self._learner = PreferenceLearner(
+            policy,
+            adapter=AdapterPart.model_validate({"method": name.partition("-")[0]}),
+            preference=PreferencePart(credit="uniform", demo_weight=0, steps=UPDATE_STEPS),
+            guard=GuardPart(chosen_drop=1e9),
+            base_hash="",
+            seed=0,
+            capability=CapabilityPart(vector="drawn", penalty="cosine"),
+            vector=vector,
+        )
+        sides = [
+            synthetic_trajectory(policy, part, seed, "timeout" if seed % 2 else "success")
+            for seed in range(2 * PAIRS)
+        ]
+        self._pairs = [
+            PreferencePair(chosen=chosen, rejected=rejected)
+            for chosen, rejected in zip(sides[::2], sides[1::2], strict=True)
+        ]
+        adapted = {f"{layer}.weight" for layer, _ in adapted_layers(policy.module)}
+        self.kept = sum(w.nbytes for n, w in (vector or {}).items() if n in adapted)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of one optimizer step, by the clock and of processor time."""
+        started, started_cpu = time.perf_counter(), time.process_time()
+        self._learner.update(self._pairs, [pair.chosen for pair in self._pairs], [])
+        return (
+            (time.perf_counter() - started) / UPDATE_STEPS,
+            (time.process_time() - started_cpu) / UPDATE_STEPS,
+        )
+
+
+def vector_of(policy: Policy) -> dict[str, np.ndarray]:
+    """A vector of random numbers."""
+    rng = np.random.default_rng(0)
+    weights = state_tensors(policy.module)
+    return {name: rng.normal(0, 0.01, array.shape).astype(np.float32) for name, array in weights.items()}
+
+
 def _with_depth(demo: Trajectory) -> Trajectory:
     decisions = tuple(
         replace(
@@ -81,7 +141,10 @@ def _with_depth(demo: Trajectory) -> Trajectory:
 
 def measure(part: PolicyPart, repeats: int) -> list[dict[str, Any]]:
     """One row per variant, all alternating after a step of warming up."""
-    variants = {name: Variant(name, part, repeats + 1) for name in VARIANTS}
+    variants = {
+        name: Supervised(name, part, repeats + 1) if like == "plain" else Adapter(name, part)
+        for name, like in VARIANTS.items()
+    }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for repeat in track(range(repeats + 1), description="steps"):
         for name, variant in variants.items():
@@ -90,14 +153,15 @@ def measure(part: PolicyPart, repeats: int) -> list[dict[str, Any]]:
                 seconds[name].append(duration)
     rows = []
     for name, values in seconds.items():
-        # Of one turn the variant and the plain step saw the same machine: the ratio is taken turn by turn.
-        over = [cpu / plain for (_, cpu), (_, plain) in zip(values, seconds["plain"], strict=True)]
+        # Of one turn the variant and the step without saw the same machine: the ratio is taken turn by turn.
+        over = [cpu / without for (_, cpu), (_, without) in zip(values, seconds[VARIANTS[name]], strict=True)]
         rows.append(
             {
                 "variant": name,
                 "step_ms": 1000 * statistics.median(wall for wall, _ in values),
                 "step_cpu_ms": 1000 * statistics.median(cpu for _, cpu in values),
-                "times_plain": statistics.median(over),
+                "over": VARIANTS[name],
+                "times": statistics.median(over),
                 "kept_mib": variants[name].kept / 2**20,
             }
         )
@@ -113,7 +177,7 @@ def main(
     torch.set_num_threads(threads)
     part = PolicyPart(bins=21)
     rows = measure(part, repeats)
-    table = Table(title=f"a supervised step of 32 decisions, {threads} thread(s)")
+    table = Table(title=f"one optimizer step, {threads} thread(s)")
     for column in rows[0]:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
