@@ -83,7 +83,7 @@ format: setup  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 
 benchmarks: setup  ## the speed benchmarks, a table and docs/benchmarks/*.json each (by hand: benchmarks.learning takes hours, benchmarks.vllm_serving wants .venv-vllm)
-	@for name in rollouts serving learner broadcast memory; do \
+	@for name in rollouts serving learner penalty broadcast memory; do \
 		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" --output "docs/benchmarks/$$name.json"; done
 
 clean:  ## remove the virtual environment and caches; runs/ stays
