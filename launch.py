@@ -244,14 +244,13 @@ def train_apart(
     that, kept apart from it as the recipe's `capability` part says. The recipe may add an auxiliary objective."""
     with one_line_errors():
         changes = list(overrides or [])
+        if init is None:
+            raise RecipeError("capability train needs --init, the weights to fine-tune")
         if vector is not None:
-            if init is None:
-                raise RecipeError(f"--vector {vector} needs --init, the weights that it was extracted from")
             root = load_recipe(recipe, changes).root
             init = merged_once(init, vector, alpha=alpha, root=root)
             changes.append(f"capability.vector={vector}")
-        if init is not None:
-            changes.append(f"supervised.init={init}")
+        changes.append(f"supervised.init={init}")
         result = run_training(load_recipe(recipe, changes))
     typer.echo(json.dumps(result))
 

@@ -12,7 +12,7 @@ from configs.policy import PolicyPart
 from configs.schema import Recipe
 from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
-from learners.capability import read_manifest
+from learners.capability import recipe_of, verify_vector
 from learners.checkpoint import verify
 from policies.make import make_policy
 from policies.published import check_published
@@ -26,6 +26,9 @@ def check_policy(recipe: Recipe) -> int:
     recipe's sizes, for which no memory is taken, and unless the weights and the capability vector that training is to
     begin with are of that policy, and CheckpointError or CapabilityError for damaged ones.
     """
+    vector = recipe.capability.vector if recipe.capability.weight else None
+    if vector is not None:
+        verify_vector(vector)
     if recipe.policy.checkpoint is not None:
         return check_published(recipe.policy, image_size=recipe.environment.image_size)
     try:
@@ -37,12 +40,21 @@ def check_policy(recipe: Recipe) -> int:
         raise RecipeError(f"policy: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.module.state_dict().items()}
     if recipe.start is None and recipe.supervised.init is not None:
-        verify(recipe.supervised.init)
-        _check_weights("supervised.init", recipe.supervised.init, shapes)
-    if recipe.capability.weight and recipe.capability.vector is not None:
-        read_manifest(recipe.capability.vector)
-        _check_weights("capability.vector", recipe.capability.vector, shapes)
+        _check_init(recipe, recipe.supervised.init, shapes)
+    if vector is not None:
+        _check_weights("capability.vector", vector, shapes)
     return 0
+
+
+def _check_init(recipe: Recipe, init: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise RecipeError or CheckpointError unless training can begin with these weights."""
+    verify(init)
+    _check_weights("supervised.init", init, shapes)
+    source = recipe_of(init)
+    if source is not None:
+        theirs = load_recipe(source)
+        _require_unseen("supervised.init", source.parent, theirs, recipe)
+        _require_same_policy("supervised.init", source.parent, theirs, recipe)
 
 
 def _check_weights(setting: str, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -51,13 +63,35 @@ def _check_weights(setting: str, path: str, shapes: Mapping[str, tuple[int, ...]
         found = {name: stored.shape for name, stored in ShardFolder(path).tensors.items()}
     except ValueError as error:
         raise RecipeError(f"{setting}: {error}") from error
-    odd = next((name for name in shapes if found.get(name) != shapes[name]), None)
+    odd = next((name for name in {**shapes, **found} if found.get(name) != shapes.get(name)), None)
     if odd is not None:
-        there = f"of shape {list(found[odd])}" if odd in found else "missing"
+        there, here = (f"of shape {list(w[odd])}" if odd in w else "missing" for w in (found, shapes))
         raise RecipeError(
-            f"{setting}: {odd} is {there} in {path}, this recipe's policy has {list(shapes[odd])}; name weights of the "
-            "same policy"
+            f"{setting}: {odd} is {there} in {path} and {here} in this recipe's policy; name weights of the same policy"
         )
+
+
+def _require_unseen(setting: str, source: Path, theirs: Recipe, recipe: Recipe) -> None:
+    """Raise RecipeError where a run was trained on states that this recipe holds out."""
+    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
+    if seen:
+        raise RecipeError(
+            f"{setting}: {source} was trained on the initial states {seen}, which are among this recipe's "
+            "tasks.held_out_init_states; hold out others"
+        )
+
+
+def _require_same_policy(setting: str, source: Path, theirs: Recipe, recipe: Recipe) -> None:
+    """Raise RecipeError naming every setting in which a run's policy is another than this recipe's."""
+    here, there = (
+        r.policy.model_dump(exclude=PolicyPart.SAMPLING) | {"image_size": r.environment.image_size}
+        for r in (recipe, theirs)
+    )
+    unlike = [
+        f"{name} is {there[name]} there and {here[name]} here" for name in here if here[name] != there[name]
+    ]
+    if unlike:
+        raise RecipeError(f"{setting}: {source} holds another policy: {'; '.join(unlike)}; use its settings")
 
 
 def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
@@ -74,21 +108,8 @@ def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
         raise RecipeError(
             f"start: {source} has no demonstrations; set preference.demo_weight=0, or name another run"
         )
-    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
-    if seen:
-        raise RecipeError(
-            f"start: {source} was trained on the initial states {seen}, which are among this recipe's "
-            "tasks.held_out_init_states; hold out others"
-        )
-    here, there = (
-        r.policy.model_dump(exclude=PolicyPart.SAMPLING) | {"image_size": r.environment.image_size}
-        for r in (recipe, theirs)
-    )
-    unlike = [
-        f"{name} is {there[name]} there and {here[name]} here" for name in here if here[name] != there[name]
-    ]
-    if unlike:
-        raise RecipeError(f"start: {source} holds another policy: {'; '.join(unlike)}; use its settings")
+    _require_unseen("start", source, theirs, recipe)
+    _require_same_policy("start", source, theirs, recipe)
     ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
     require_same_world(
         read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"

@@ -101,7 +101,8 @@ class Learner:
             base_hash=base_hash,
             seed=self._seed,
             capability=self._capability,
-            vector=self._vector,
+            # The element-wise penalty is of whole weights: it is the supervised start's, and no round follows it.
+            vector=self._vector if self._capability.penalty == "cosine" else None,
         )
 
     def update(

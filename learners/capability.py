@@ -152,14 +152,8 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
     CapabilityError for a vector of another base, a result that is not finite, or an `out` that exists.
     """
     theirs, gammas = _folder(base), _folder(vector)
-    manifest = read_manifest(vector)
-    found = root_hash({name: tensor_hash(theirs.read(name)) for name in theirs.tensors})
-    if found != manifest.base_hash:
-        raise CapabilityError(
-            f"{vector} was extracted from the base {manifest.base_hash[:12]}, {base} is {found[:12]}; merge it into "
-            "the one it came from"
-        )
-    _require_intact(gammas, manifest)
+    _require_base(theirs, gammas.path)
+    _require_intact(gammas)
     hashes: dict[str, str] = {}
 
     def merged(name: str) -> np.ndarray:
@@ -190,11 +184,27 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
 def load_vector(vector: str | Path) -> dict[str, np.ndarray]:
     """A vector's tensors by weight, float32. Raises CapabilityError for a folder that is none, or an altered one."""
     gammas = _folder(vector)
-    _require_intact(gammas, read_manifest(vector))
+    _require_intact(gammas)
     return {name: widen(gammas.read(name)) for name in gammas.tensors}
 
 
-def _require_intact(gammas: ShardFolder, manifest: Manifest) -> None:
+def verify_vector(vector: str | Path) -> None:
+    """Read a vector through, tensor by tensor. Raises CapabilityError as `load_vector`."""
+    _require_intact(_folder(vector))
+
+
+def _require_base(base: ShardFolder, vector: Path) -> None:
+    expected = read_manifest(vector).base_hash
+    found = root_hash({name: tensor_hash(base.read(name)) for name in base.tensors})
+    if found != expected:
+        raise CapabilityError(
+            f"{vector} was extracted from the base {expected[:12]}, {base.path} is {found[:12]}; merge it into the one "
+            "it came from"
+        )
+
+
+def _require_intact(gammas: ShardFolder) -> None:
+    manifest = read_manifest(gammas.path)
     held = root_hash({name: tensor_hash(gammas.read(name)) for name in gammas.tensors})
     if held != manifest.gamma_hash:
         raise CapabilityError(
@@ -204,10 +214,17 @@ def _require_intact(gammas: ShardFolder, manifest: Manifest) -> None:
 
 
 def merged_once(base: str | Path, vector: str | Path, *, alpha: float, root: str | Path) -> Path:
-    """The folder below `root` that holds theta_pre + alpha gamma, made unless it is there; see `merge`."""
-    out = Path(root) / f"meta-{read_manifest(vector).gamma_hash[:12]}-{alpha:g}"
+    """The folder below `root` that holds theta_pre + alpha gamma, made unless it is there; see `merge`, whose refusals
+    hold either way. It lies as a run's start does, beside the recipe of `base`'s run where that is one's."""
+    manifest = read_manifest(vector)
+    _require_base(_folder(base), Path(vector))
+    run = Path(root) / f"meta-{manifest.base_hash[:8]}-{manifest.gamma_hash[:8]}-{alpha!r}"
+    out = run / "checkpoints" / "start"
     if not out.exists():
         merge(base, vector, alpha=alpha, out=out)
+        recipe = recipe_of(base)
+        if recipe is not None:
+            shutil.copyfile(recipe, run / recipe.name)
     return out
 
 
@@ -226,10 +243,15 @@ def read_manifest(vector: str | Path) -> Manifest:
         raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
 
 
+def recipe_of(weights: str | Path) -> Path | None:
+    """The recipe of the run whose `checkpoints/start` these weights are; None where they are none's."""
+    recipe = Path(weights).resolve().parent.parent / "recipe.yaml"
+    return recipe if recipe.is_file() else None
+
+
 def _recipe_hash(weights: Path) -> str:
-    """Of the run whose `checkpoints/start` these weights are; empty where they are none's."""
-    recipe = weights.resolve().parent.parent / "recipe.yaml"
-    return hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe.is_file() else ""
+    recipe = recipe_of(weights)
+    return hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe is not None else ""
 
 
 def _folder(path: str | Path) -> ShardFolder:

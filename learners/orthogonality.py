@@ -47,13 +47,15 @@ class OrthogonalPenalty(Protocol):
 
 
 class FullPenalty:
-    """Of every weight of a network, against a copy of what it is now."""
+    """Of every weight of a network (by cosine: of its matrices), against a copy of what it is now."""
 
     def __init__(
         self, module: torch.nn.Module, part: CapabilityPart, vector: Mapping[str, np.ndarray]
     ) -> None:
         """Raises ValueError for a vector that shares no weight with the network, or has one of another shape."""
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # A gain or bias is no matrix (Eq. 6), and the direction of the few numbers of one would turn with every step.
+        least = 1 if part.penalty == "elementwise" else 2
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad and p.dim() >= least}
         self._part = part
         self._gamma = _shared(vector, trained)
         self._weights = {name: trained[name] for name in self._gamma}

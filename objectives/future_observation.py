@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 AHEAD = 4
-"""Decisions from now to then; with demonstrations' stride of two, as many steps as a chunk of eight has."""
+"""Decisions from now to then; with demonstrations' stride of two, as many steps as a chunk of eight has, or more where
+decisions between were left out because of a push."""
 
 
 def change_targets(images_THWC: torch.Tensor, ahead: int = AHEAD) -> torch.Tensor:

@@ -40,9 +40,10 @@ from actors.policy import PolicyActor
 from actors.rollout import decision_seed
 from actors.run_folder import RunFolder
 from actors.stages import serving_stats
+from configs.loader import load_recipe
 from configs.policy import PolicyPart
 from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart
-from configs.world import DemonstrationPart, TaskPart
+from configs.world import TaskPart
 from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
 from policies.weights.adapter_files import adapter_tensors
@@ -50,6 +51,8 @@ from trajectories.codec import episode_record
 from trajectories.hashing import weights_hash
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell, Trajectory
+
+TINY = Path(__file__).parent / "recipes" / "one_task.yaml"
 
 
 def cell(state: int, seed: int = 0, task: int = 0) -> Cell:
@@ -341,7 +344,9 @@ def test_a_policy_actor_that_restarted_is_put_down_once(cluster: None, tmp_path:
 class Demonstrator:
     """A rollout actor's shell whose expert meets a simulator fault once from state 1, and always in task 8."""
 
-    def demonstration(self, cell: Cell, *, part: Any, chunk: int) -> tuple[dict[str, Any], Trajectory]:
+    def demonstration(
+        self, cell: Cell, *, part: Any, chunk: int, depth: bool
+    ) -> tuple[dict[str, Any], Trajectory]:
         failed = cell.task_id == 8 or (cell.init_state == 1 and cell.seed < 1000)
         trajectory = Trajectory(
             cell=cell,
@@ -360,17 +365,16 @@ def test_a_failed_demonstration_is_tried_again_from_its_own_state(cluster: None,
     crew, folder = Crew(), RunFolder(tmp_path)
     actor = Demonstrator.options(num_cpus=0.1).remote()  # type: ignore[attr-defined]
     crew.fleet = Fleet([actor], slots=1, timeout_s=60.0, on_event=folder.event)
-    states = {"demo_init_states": (0, 1, 2), "train_init_states": (0,), "held_out_init_states": (40,)}
-    part = DemonstrationPart(per_task=3)
-    tasks = TaskPart(suite="libero_object", task_ids=(0,), **states)
+    changes = ["tasks.demo_init_states=[0,1,2]", "demonstrations.per_task=3"]
+    recipe = load_recipe(TINY, changes)
     try:
-        demos = demonstrate(crew, folder, tasks, part, chunk=8)
+        demos = demonstrate(crew, folder, recipe)
         assert [(d.cell.init_state, d.cell.seed) for d in demos] == [(0, 0), (1, 1001), (2, 2)]
-        hopeless = TaskPart(suite="libero_object", task_ids=(0, 8), **states)
+        hopeless = load_recipe(TINY, [*changes, "tasks.task_ids=[0,8]"])
         with pytest.raises(
             DemonstrationError, match=r"failed 5 times over; .* of libero_object task: 8 \(3\); lower"
         ):
-            demonstrate(crew, folder, hopeless, part, chunk=8)
+            demonstrate(crew, folder, hopeless)
     finally:
         ray.kill(actor)
         crew.dismiss()

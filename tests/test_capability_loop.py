@@ -3,13 +3,16 @@ supervised start and in an online round; as small as it gets."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from actors.pipeline import train
 from configs.loader import RecipeError, load_recipe
+from launch import app
 from learners.capability import CapabilityError, extract, merged_once
 from learners.checkpoint import load_checkpoint
 from tests.test_paradigm_loops import LITTLE, TINY, metrics
@@ -88,11 +91,35 @@ def test_a_start_and_a_round_are_held_apart_from_the_vector(root: Path, vector: 
         assert 0 < line["orthogonal_penalty"] < 1
 
 
+def test_the_command_fine_tunes_apart_from_a_vector_element_by_element(root: Path, vector: Path) -> None:
+    base = str(start(root, "base"))
+    asked = ["capability", "train", str(TINY), *LITTLE, f"root={root}", "name=apart", "rollouts.rounds=0"]
+    done = CliRunner().invoke(app, [*asked, "--init", base, "--vector", str(vector)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["held_out_episodes"] == 1
+    (supervised,) = metrics(root / "apart", "supervised")
+    assert supervised["orthogonal_penalty"] > 0
+    refused = CliRunner().invoke(app, [*asked, "--init", str(start(root, "sft")), "--vector", str(vector)])
+    assert refused.exit_code == 2
+    assert "was extracted from the base" in refused.stderr
+
+
 def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Path, vector: Path) -> None:
     alone = [*LITTLE, f"root={root}", "name=other", "rollouts.rounds=0", "policy.decoder.width=32"]
     for setting in (f"supervised.init={start(root, 'base')}", f"capability.vector={vector}"):
-        with pytest.raises(RecipeError, match=f"{setting.split('=')[0]}: .* is of shape .* policy has"):
+        with pytest.raises(RecipeError, match=f"{setting.split('=')[0]}: .* is of shape .* in this recipe's"):
             train(load_recipe(TINY, [*alone, setting]))
+    same = [
+        *LITTLE,
+        f"root={root}",
+        "name=other",
+        "rollouts.rounds=0",
+        f"supervised.init={start(root, 'base')}",
+    ]
+    with pytest.raises(RecipeError, match=r"supervised.init: .* holds another policy: decoder is"):
+        train(load_recipe(TINY, [*same, "policy.decoder.heads=1"]))
+    with pytest.raises(RecipeError, match=r"supervised.init: .* was trained on the initial states \[0\]"):
+        train(load_recipe(TINY, [*same, "tasks.held_out_init_states=[0]"]))
     with pytest.raises(CapabilityError, match="no capability vector"):
         train(load_recipe(TINY, [*alone, f"capability.vector={start(root, 'base')}"]))
     assert not (root / "other").exists()
