@@ -22,9 +22,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.comparison import table
-from benchmarks.learning import rows_of, run_arm
-from configs.loader import load_recipe
+from benchmarks.comparison import START, table
+from benchmarks.learning import check_held, rows_of, run_arm
+from configs.loader import RecipeError, load_recipe
 from learners.capability import extract, merged_once, read_manifest
 from trajectories.journal import Journal, read_journal
 
@@ -58,7 +58,9 @@ class Study:
         given = {"name": self.folder(what).name, "seed": self.seed, "demonstrations.seed": self.seed}
         own = [key.partition("=")[0] for key in overrides]
         kept = [f"{key}={value}" for key, value in given.items() if key not in own]
-        run_arm(recipe, [*kept, "rollouts.rounds=0", *self.changes, *overrides], self.folder(what))
+        settings = [*kept, "rollouts.rounds=0", *self.changes, *overrides]
+        check_held(load_recipe(recipe, settings), self.folder(what), [])
+        run_arm(recipe, settings, self.folder(what))
         return self.folder(what)
 
     def vectors(self) -> dict[str, Path]:
@@ -95,7 +97,7 @@ class Study:
     def episodes(self, arms: Sequence[str], steps: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
         """Run everything; the outcomes of one run after another."""
         vectors = self.vectors()
-        yield self._rows(self.folder("pre"), "pre", 0, "before")
+        yield self._rows(self.folder("pre"), START, 0, "before")
         for arm in arms:
             for count in steps:
                 what = f"{self.label(arm)}-{count}"
@@ -109,6 +111,27 @@ class Study:
         found = rows_of(run, load_recipe(run / "recipe.yaml"), arm, self.seed, 0)
         extra = {"cells": cells, "steps": steps, "auxiliary": self.auxiliary, "alpha": self.alpha}
         return [row | extra for row in found]
+
+
+KEYS = ("arm", "training_seed", "steps", "cells", "auxiliary", "alpha")
+"""What sets one run's outcomes apart from another's."""
+
+
+def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append the outcomes of one run unless they are held; RecipeError where those held are of other settings."""
+    if not rows:
+        return
+    keys = tuple(rows[0][k] for k in KEYS)
+    held = [r for r in read_journal(file) if tuple(r[k] for k in KEYS) == keys]
+    other = next((r["recipe"] for r in held if r["recipe"] != rows[0]["recipe"]), None)
+    if other is not None:
+        named = ", ".join(f"{k} {v}" for k, v in zip(KEYS, keys, strict=True))
+        raise RecipeError(
+            f"{file} has outcomes of {named} by recipe {other}, and {rows[0]['recipe']} is asked for; "
+            "give another --name, or remove those rows"
+        )
+    if not held:
+        Journal(file, fsync=True).extend(rows)
 
 
 def geometry(study: Study, vectors: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -166,13 +189,11 @@ def main(
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file, vector_file = output / f"{name}.jsonl", output / f"{name}-vectors.jsonl"
-    keys = ("arm", "training_seed", "steps", "cells", "auxiliary", "alpha")
     for seed in map(int, seeds.split(",")):
         for alpha in map(float, alphas.split(",")):
             study = Study(name, seed, auxiliary, alpha, changes or [])
             for rows in study.episodes(arms.split(","), [int(s) for s in steps.split(",")]):
-                held = {tuple(r[k] for k in keys) for r in read_journal(file)}
-                Journal(file, fsync=True).extend(r for r in rows if tuple(r[k] for k in keys) not in held)
+                add_rows(file, rows)
             known = {(r["training_seed"], r["auxiliary"]) for r in read_journal(vector_file)}
             if (seed, auxiliary) not in known:
                 Journal(vector_file, fsync=True).extend(geometry(study, study.vectors()))
