@@ -72,6 +72,7 @@ _ONLY_FOR = {
     "flow": ("flow",),
     "diffusion": ("diffusion",),
     "bins": ("autoregressive", "diffusion"),
+    "decoding": ("autoregressive",),
     "vision.merge": ("autoregressive", "diffusion"),
 }
 """Parts and settings of a policy that not every paradigm reads, and which do."""
@@ -105,6 +106,11 @@ class PolicyPart(Part):
         "autoregressive",
         description="how action chunks are produced: token after token (OpenVLA), by flow matching (pi-0, pi-0.5), or "
         "by unmasking tokens in parallel (Discrete Diffusion VLA)",
+    )
+    decoding: Literal["sequential", "parallel"] = Field(
+        "sequential",
+        description="autoregressive: each token seeing those before it (OpenVLA), or all of a chunk in one pass, none "
+        "seeing what another came to be (OpenVLA-OFT with the token head)",
     )
     checkpoint: str | None = Field(
         None,

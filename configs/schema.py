@@ -205,10 +205,12 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> Recipe:
-        if self.policy.paradigm != "autoregressive" and self.serving.engine == "vllm":
+        part = self.policy
+        sequential = part.paradigm == "autoregressive" and part.decoding == "sequential"
+        if self.serving.engine == "vllm" and not sequential:
+            other = "decoding=parallel" if part.paradigm == "autoregressive" else f"paradigm={part.paradigm}"
             raise ValueError(
-                "serving.engine=vllm decodes token after token, and "
-                f"policy.paradigm={self.policy.paradigm} does not; set serving.engine=torch"
+                f"serving.engine=vllm decodes token after token, and policy.{other} does not; set serving.engine=torch"
             )
         return self
 

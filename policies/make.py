@@ -13,6 +13,7 @@ from policies.flow import FlowPolicy
 from policies.openvla.inputs import OpenVLAInputs
 from policies.openvla.network import OpenVLA, llama
 from policies.openvla.vision import SiglipTower, VisionBackbone
+from policies.parallel import ParallelPolicy
 from policies.pi0.inputs import PlainInputs
 from policies.pi0.network import Pi0Network
 from policies.pi0.preprocessing import STATE_BINS
@@ -37,6 +38,8 @@ def make_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         match part.paradigm:
+            case "autoregressive" if part.decoding == "parallel":
+                return make_parallel(part, image_size=image_size, device=device)
             case "autoregressive":
                 return make_autoregressive(part, image_size=image_size, device=device)
             case "flow":
@@ -52,6 +55,15 @@ def make_autoregressive(part: PolicyPart, *, image_size: int, device: torch.devi
     network = _openvla(part, prompts, actions, vocab_size=actions.stop_id, image_size=image_size)
     inputs = OpenVLAInputs(prompts=prompts, actions=actions, chunk=part.chunk, image_size=image_size)
     return AutoregressivePolicy(network.to(device), inputs=inputs)
+
+
+def make_parallel(part: PolicyPart, *, image_size: int, device: torch.device) -> ParallelPolicy:
+    """The parallel token policy of `part`: the token policy's network with one more word, which ends a chunk."""
+    prompts = PromptTokenizer()
+    actions = ActionTokenizer(vocab_size=prompts.size + part.bins, bins=part.bins)
+    network = _openvla(part, prompts, actions, vocab_size=actions.stop_id + 1, image_size=image_size)
+    inputs = OpenVLAInputs(prompts=prompts, actions=actions, chunk=part.chunk, image_size=image_size)
+    return ParallelPolicy(network.to(device), inputs=inputs, stop_token_id=actions.stop_id)
 
 
 def make_diffusion(part: PolicyPart, *, image_size: int, device: torch.device) -> DiffusionPolicy:

@@ -3,6 +3,7 @@
 | paradigm       | folder                                                       | decides                          |
 |----------------|--------------------------------------------------------------|----------------------------------|
 | autoregressive | OpenVLA as on the Hub                                        | one action at a time             |
+|   parallel     | OpenVLA-OFT with the token head, one camera                  | a chunk, as long as trained for  |
 | flow           | pi-0 or pi-0.5, of openpi, LeRobot or transformers           | the first actions of its horizon |
 | diffusion      | OpenVLA whose vocabulary has an id left for [MASK]           | a chunk of any length            |
 """
@@ -22,6 +23,7 @@ from policies.flow import FlowPolicy
 from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
 from policies.openvla.images import openvla_view
 from policies.openvla.inputs import OpenVLAInputs
+from policies.parallel import ParallelPolicy
 from policies.pi0.folder import Pi0Folder, open_pi0
 from policies.pi0.inputs import PublishedInputs
 from policies.pi0.network import Pi0Network
@@ -29,6 +31,8 @@ from policies.protocol import Policy
 
 LIBERO_SIDE = 256
 """Rows and columns at which the published policies' LIBERO data were rendered."""
+LLAMA_STOP_ID = 2
+"""`</s>`, which OpenVLA-OFT's sequences end with."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -44,6 +48,15 @@ def published_policy(part: PolicyPart, *, device: torch.device, filled: bool = T
     folder, dtype = _folder(part), DTYPES[part.dtype]
     try:
         match part.paradigm:
+            case "autoregressive" if part.decoding == "parallel":
+                return openvla_parallel_policy(
+                    folder,
+                    chunk=part.chunk,
+                    unnorm_key=part.unnorm_key,
+                    device=device,
+                    dtype=dtype,
+                    filled=filled,
+                )
             case "autoregressive":
                 _one_action(part)
                 return openvla_policy(
@@ -93,6 +106,23 @@ def openvla_policy(
     return AutoregressivePolicy(network, inputs=inputs, decoder=ModuleDecoder)
 
 
+def openvla_parallel_policy(
+    folder: str | Path,
+    *,
+    chunk: int,
+    unnorm_key: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    filled: bool = True,
+) -> ParallelPolicy:
+    """A checkpoint of OpenVLA-OFT with the token head, one camera and no proprioception; `chunk` must be what it was
+    trained for (LIBERO: 8), which no file says. Everything else as in `openvla_policy`."""
+    found = open_openvla(folder)
+    inputs = _openvla_inputs(found, unnorm_key, chunk=chunk)
+    network = found.network(device=device, dtype=dtype, filled=filled)
+    return ParallelPolicy(network, inputs=inputs, stop_token_id=LLAMA_STOP_ID)
+
+
 def openvla_diffusion_policy(
     folder: str | Path,
     *,
@@ -134,7 +164,7 @@ def check_published(part: PolicyPart, *, image_size: int) -> int:
             found.actions(part.unnorm_key)
             if part.paradigm == "diffusion":
                 found.mask_id()
-            else:
+            elif part.decoding == "sequential":
                 _one_action(part)
             side, network = found.image_size, found.layout.empty()
         _large_enough(folder, side, image_size)
@@ -171,7 +201,8 @@ def _openvla_inputs(found: OpenVLAFolder, unnorm_key: str | None, *, chunk: int)
 def _one_action(part: PolicyPart) -> None:
     if part.chunk != 1:
         raise ValueError(
-            f"policy.chunk is {part.chunk}; a published OpenVLA decides one action at a time: set policy.chunk=1"
+            f"policy.chunk is {part.chunk}; a published OpenVLA decides one action at a time: set policy.chunk=1, "
+            "or policy.decoding=parallel for OpenVLA-OFT's"
         )
 
 

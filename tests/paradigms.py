@@ -18,11 +18,12 @@ TINY = {
 }
 PARADIGMS = {
     "autoregressive": PolicyPart(paradigm="autoregressive", bins=7, **TINY),
+    "parallel": PolicyPart(paradigm="autoregressive", decoding="parallel", bins=7, **TINY),
     "pi0": PolicyPart(paradigm="flow", flow=FlowPart(version="pi0", expert_width=16, expert_mlp=32), **TINY),
     "pi0.5": PolicyPart(paradigm="flow", flow=FlowPart(expert_width=16, expert_mlp=32), **TINY),
     "diffusion": PolicyPart(paradigm="diffusion", bins=7, diffusion=DiffusionPart(iterations=4), **TINY),
 }
-SURROGATES = [name for name in PARADIGMS if name != "autoregressive"]
+SURROGATES = [name for name in PARADIGMS if name not in ("autoregressive", "parallel")]
 
 
 def new(name: str, seed: int = 0, device: torch.device | None = None) -> Policy:

@@ -1,4 +1,4 @@
-"""The whole loop for every paradigm with a surrogate score, as small as it gets: one demonstration, a few steps of each
+"""The whole loop for every paradigm but token after token, as small as it gets: one demonstration, a few steps of each
 kind, episodes of one simulator, on real Ray, LIBERO and MuJoCo.
 
 So little is learned that no episode succeeds. The update is therefore on the demonstration, which needs no success.
@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.libero]
 
 FLOW = ["policy.paradigm=flow", "policy.flow.steps=2", "policy.flow.score_draws=1"]
 PARADIGMS = {
+    "parallel": ["policy.decoding=parallel"],
     "pi0": [*FLOW, "policy.flow.version=pi0"],
     "pi0.5": [*FLOW, "policy.flow.version=pi0.5"],
     "diffusion": [
@@ -122,7 +123,9 @@ def test_an_update_is_made_and_what_it_gave_drives(run: Path) -> None:
     assert weights_hash(merge(base, adapter_from_tensors(tensors, metadata))) == published[1]
 
 
-def test_decisions_are_stored_as_they_were_sampled_without_log_probabilities(run: Path) -> None:
+def test_decisions_are_stored_as_they_were_sampled_with_log_probabilities_where_they_are_exact(
+    run: Path,
+) -> None:
     files = sorted((run / "trajectories").glob("*.trajectory"))
     kept = [
         e["trajectory_id"]
@@ -135,5 +138,5 @@ def test_decisions_are_stored_as_they_were_sampled_without_log_probabilities(run
         for decision in load_trajectory(path).decisions:
             assert decision.sample.model_chunk.shape == (56,)
             assert decision.sample.model_chunk.dtype == (np.float32 if paradigm == "flow" else np.int64)
-            assert decision.sample.logps.size == 0
+            assert decision.sample.logps.size == (56 if paradigm == "autoregressive" else 0)
             assert decision.sample.actions.shape == (8, 7)
