@@ -118,8 +118,8 @@ def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Pat
     ]
     with pytest.raises(RecipeError, match=r"supervised.init: .* holds another policy: decoder is"):
         train(load_recipe(TINY, [*same, "policy.decoder.heads=1"]))
+    others = ["tasks.demo_init_states=[1]", "tasks.train_init_states=[1]"]
     with pytest.raises(RecipeError, match=r"supervised.init: .* was trained on the initial states \[0\]"):
-        others = ["tasks.demo_init_states=[1]", "tasks.train_init_states=[1]"]
         train(load_recipe(TINY, [*same, "tasks.held_out_init_states=[0]", *others]))
     with pytest.raises(CapabilityError, match="no capability vector"):
         train(load_recipe(TINY, [*alone, f"capability.vector={start(root, 'base')}"]))
