@@ -16,7 +16,7 @@ from configs.supervised import CapabilityPart
 from learners.decisions import DecisionPool, stack
 from learners.draws import Draws
 from learners.orthogonality import AdapterPenalty
-from learners.report import Trip, Tripwire, UpdateReport, mean_of_last, skipped
+from learners.report import WINDOW, Trip, Tripwire, UpdateReport, mean_of_last, skipped
 from learners.terms import Draw, accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
 from policies.weights import adapters
@@ -193,7 +193,8 @@ class PreferenceLearner:
     def _run(
         self, draws: Iterator[Draw], history: list[dict[str, float]], on_step: OnStep | None
     ) -> Trip | None:
-        tripwire, part = Tripwire(self._guard.chosen_drop), self._part
+        part = self._part
+        tripwire = Tripwire(self._guard.chosen_drop, window=min(WINDOW, part.steps))
         parameters = list(self._parameters.values())
         for step in range(1, part.steps + 1):
             draw = next(draws)
@@ -214,7 +215,8 @@ class PreferenceLearner:
                 return trip
             self._optimizer.step()
         # The checks above precede each step; this one judges what the last step left behind.
-        return Tripwire(self._guard.chosen_drop).check(lowest_logratio(logratios(draw, self._pool, part)))
+        left = Tripwire(self._guard.chosen_drop, window=1)
+        return left.check(lowest_logratio(logratios(draw, self._pool, part)))
 
     def _calibrate(self, trajectories: Sequence[Trajectory]) -> None:
         """Once, before the first step: put a surrogate's scores in nats by what the start makes of these."""

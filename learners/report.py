@@ -61,10 +61,13 @@ class Tripwire:
     displacement, arXiv 2410.08847). The guard is on the running mean of the preferred side's log-ratio.
     """
 
-    def __init__(self, chosen_drop: float) -> None:
-        """`chosen_drop`: nats per token that the preferred side may fall below its reference."""
+    def __init__(self, chosen_drop: float, *, window: int) -> None:
+        """`chosen_drop`: nats per token that the preferred side may fall below its reference, in the mean of `window`
+        steps; before there are as many, only what is not finite is judged. The optimizer's first steps move every
+        parameter by the full learning rate, and the mean of two or three is mostly that and noise; nothing is lost by
+        waiting, for an update is undone exactly."""
         self._limit = -chosen_drop
-        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._recent: deque[float] = deque(maxlen=window)
 
     def check(self, logratio: float, **finite: float) -> Trip | None:
         """Judge one step. `finite` are further values, by name, that must be finite."""
@@ -73,7 +76,7 @@ class Tripwire:
                 return Trip(reason=f"{name} is not finite", value=value)
         self._recent.append(logratio)
         mean = sum(self._recent) / len(self._recent)
-        if mean < self._limit:
+        if len(self._recent) == self._recent.maxlen and mean < self._limit:
             return Trip(
                 reason=f"chosen log-prob fell {-mean:.3f} nats per token below its reference over the last "
                 f"{len(self._recent)} steps, limit {-self._limit}",

@@ -412,13 +412,14 @@ def test_the_last_step_is_judged_too() -> None:
 
 
 def test_tripwire_judges_the_running_mean_and_what_is_not_finite() -> None:
-    tripwire = Tripwire(0.5)
-    assert tripwire.check(0.2, loss=1.0) is None
-    assert tripwire.check(-1.1, loss=1.0) is None
-    trip = tripwire.check(-0.7, loss=1.0)
+    tripwire = Tripwire(0.5, window=3)
+    for logratio in (-0.9, -0.8, 0.4):  # two steps say little; the mean of three is -0.43
+        assert tripwire.check(logratio, loss=1.0) is None
+    assert tripwire.check(-1.0, loss=1.0) is None
+    trip = tripwire.check(-1.0, loss=1.0)
     assert trip is not None
     assert trip.value == pytest.approx(-1.6 / 3)
-    infinite = Tripwire(0.5).check(0.0, loss=1.0, grad_norm=math.inf)
+    infinite = Tripwire(0.5, window=3).check(0.0, loss=1.0, grad_norm=math.inf)
     assert infinite is not None
     assert infinite.reason == "grad_norm is not finite"
 
