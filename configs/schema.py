@@ -89,7 +89,8 @@ class GuardPart(Part):
     chosen_drop: float = Field(
         0.1,
         gt=0,
-        description="tripwire: nats per token that chosen or successful decisions may fall below reference",
+        description="tripwire: nats per token that chosen or successful decisions may fall below reference, in the "
+        "mean of ten steps",
     )
     canary_episodes: int = Field(
         40,
