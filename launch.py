@@ -102,10 +102,13 @@ def evaluate(
         int | None, typer.Option(help="version to evaluate; default: the last promoted")
     ] = None,
     manifest: Annotated[str, typer.Option(help="held-out, or published (10 tasks x 50 states)")] = "held-out",
+    tasks: Annotated[
+        str | None, typer.Option(help="held-out states of these tasks instead, such as 1,8")
+    ] = None,
 ) -> None:
     """Drive a finished run's policy over a manifest of cells; prints rates with Wilson intervals."""
     with one_line_errors():
-        result = evaluate_run(run, version=version, manifest=manifest)
+        result = evaluate_run(run, version=version, manifest=manifest, tasks=tasks)
     typer.echo(json.dumps(result))
 
 

@@ -44,13 +44,17 @@ def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
     return {"folder": str(folder.demonstrations), "kept": len(demos), "tried": tried}
 
 
-def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str, Any]:
+def evaluate_run(
+    path: Path, *, version: int | None, manifest: str, tasks: str | None = None
+) -> dict[str, Any]:
     """Drive a finished run's policy over a manifest of cells; appends to the run's episodes.jsonl.
 
     Args:
         path: run folder.
         version: a published version; none: the last promoted one (0 when none was).
         manifest: `held-out` (the recipe's own) or `published` (10 tasks x 50 initial states).
+        tasks: of the suite, such as `1,8`, whose held-out states to drive instead of those of the recipe's tasks: what
+            the run did to tasks that it did not train on.
 
     Returns:
         The rate, its interval, the kind of assets, and a warning (logged too) for each difference between this stack
@@ -69,7 +73,7 @@ def evaluate_run(path: Path, *, version: int | None, manifest: str) -> dict[str,
     start = Path(recipe.start) if recipe.start else path
     verify(start / "checkpoints" / "start")
     adapter = _adapter(path, version)
-    cells = _cells(recipe, manifest)
+    cells = _cells(recipe if tasks is None else _of_tasks(path, tasks, manifest), manifest)
     assets = resolve_assets(recipe.environment.assets)
     with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=check_policy(recipe)) as (
         crew,
@@ -127,6 +131,19 @@ def last_promoted(path: Path) -> int:
     """The version in force when a run ended."""
     promoted = [e["version"] for e in read_journal(path / "events.jsonl") if e["event"] == "promoted"]
     return promoted[-1] if promoted else 0
+
+
+def _of_tasks(path: Path, tasks: str, manifest: str) -> Recipe:
+    """A run's recipe, of other tasks."""
+    if manifest != "held-out":
+        raise RecipeError(
+            f"--tasks {tasks} goes with the held-out manifest; the {manifest} one is of all tasks"
+        )
+    override = f"tasks.task_ids=[{tasks}]"
+    try:
+        return load_recipe(path / "recipe.yaml", [override])
+    except RecipeError as error:
+        raise RecipeError(str(error).replace(f"override {override}", f"--tasks {tasks}")) from error
 
 
 def _cells(recipe: Recipe, manifest: str) -> tuple[Cell, ...]:

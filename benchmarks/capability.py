@@ -7,7 +7,8 @@ a policy is trained on the quickstart's tasks (`pre`) and fine-tuned on one more
 plainly, with the auxiliary objective, and plainly with another seed. The first two give the vector, the first and third
 the control: a vector of nothing but chance. Then it is fine-tuned on a third task (USED_ON) in the ways of `ARMS`, each
 for every number of steps, and driven over the held-out states of that task and, after the most steps, of the tasks of
-`pre`, which fine-tuning may have unlearned.
+`pre`, which fine-tuning may have unlearned. Last, `pre` takes one round of the online loop on one of its two tasks,
+without demonstrations, with and without the penalty (`ONLINE`), and is driven over the other one too.
 
 Every run is `launch.py train` and called NAME-...-sSEED; what has finished under runs/ is not run again. Episodes go to
 docs/results/NAME.jsonl, how the vectors lie to docs/results/NAME-vectors.jsonl, and the tables to docs/results/NAME.md.
@@ -15,6 +16,8 @@ docs/results/NAME.jsonl, how the vectors lie to docs/results/NAME-vectors.jsonl,
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +26,27 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.comparison import START, table
-from benchmarks.learning import check_held, rows_of, run_arm
+from benchmarks.learning import check_held, last_version, rows_of, run_arm
 from configs.loader import RecipeError, load_recipe
 from learners.capability import extract, merged_once, read_manifest
 from trajectories.journal import Journal, read_journal
 
 PRE, FINE = Path("configs/quickstart.yaml"), Path("configs/capability.yaml")
 EXTRACTED_ON, USED_ON, BEFORE = "[3]", "[5]", "[0,8]"
+ROLLED_OUT, LEFT_ALONE = 0, 8
+"""Of the tasks of `pre`: the one of the online round, and the other."""
 ARMS = ("sft", "auxiliary", "merged", "apart", "apart-cosine", "control")
 """`sft`: plain fine-tuning; `auxiliary`: with the auxiliary objective; `merged`: plain, from pre + alpha gamma;
 `apart` and `apart-cosine`: the same, kept apart from gamma by either penalty; `control`: as `merged`, with the control
 vector."""
+ONLINE = ("online", "online-apart")
+"""A round of rollouts, DPO and likelihood of successes; the same, kept apart from gamma by the cosine penalty."""
+CELLS = {
+    "task": "the task fine-tuned on",
+    "before": "the tasks before",
+    "online": "the task of the online round",
+    "left-alone": "the other task, after the online round",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +111,7 @@ class Study:
         """Run everything; the outcomes of one run after another."""
         vectors = self.vectors()
         yield self._rows(self.folder("pre"), START, 0, "before")
-        for arm in arms:
+        for arm in (a for a in arms if a in ARMS):
             for count in steps:
                 what = f"{self.label(arm)}-{count}"
                 settings = [*self.settings(arm, vectors), f"supervised.steps={count}"]
@@ -107,8 +120,34 @@ class Study:
             after = [f"start={self.folder(what)}", f"tasks.task_ids={BEFORE}"]
             yield self._rows(self.run(PRE, f"{what}-before", after), arm, count, "before")
 
-    def _rows(self, run: Path, arm: str, steps: int, cells: str) -> list[dict[str, Any]]:
-        found = rows_of(run, load_recipe(run / "recipe.yaml"), arm, self.seed, 0)
+        for arm in (a for a in arms if a in ONLINE):
+            yield from self._online(arm, vectors)
+
+    def _online(self, arm: str, vectors: Mapping[str, Path]) -> Iterator[list[dict[str, Any]]]:
+        """Start and end of a round on one task, on it and on the task left alone."""
+        settings = [f"start={self.folder('pre')}", f"tasks.task_ids=[{ROLLED_OUT}]"]
+        settings += ["rollouts.rounds=1", "preference.demo_weight=0"]
+        what = arm
+        if arm == "online-apart":
+            what = f"{arm}-{self.auxiliary}"
+            settings += [f"capability.vector={vectors['gamma']}", "capability.penalty=cosine"]
+        run = self.run(PRE, what, settings)
+        version, driven = last_version(run), "evaluation-held-out"
+        if not self._rows(run, arm, 1, "left-alone", version, driven):
+            again = ["evaluate", str(run), "--version", str(version), "--tasks", str(LEFT_ALONE)]
+            subprocess.run([sys.executable, "launch.py", *again], check=True)
+        for task, cells, phase in (
+            (ROLLED_OUT, "online", "evaluation"),
+            (LEFT_ALONE, "left-alone", driven),
+        ):
+            before = self._rows(self.folder("pre"), START, 0, cells)
+            yield [row for row in before if row["task"] == task]
+            yield self._rows(run, arm, 1, cells, version, phase)
+
+    def _rows(
+        self, run: Path, arm: str, steps: int, cells: str, version: int = 0, phase: str = "evaluation"
+    ) -> list[dict[str, Any]]:
+        found = rows_of(run, load_recipe(run / "recipe.yaml"), arm, self.seed, version, phase)
         extra = {"cells": cells, "steps": steps, "auxiliary": self.auxiliary, "alpha": self.alpha}
         return [row | extra for row in found]
 
@@ -154,18 +193,21 @@ def geometry(study: Study, vectors: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: success on the task by steps, on the tasks before, and the vectors."""
+    """Markdown: success on the task by steps, on the tasks before, of the online round, and the vectors."""
     parts = []
     kinds = dict.fromkeys((r["cells"], r["auxiliary"], r["alpha"], r["steps"]) for r in rows if r["steps"])
-    for cells, auxiliary, alpha, steps in sorted(kinds, reverse=True):
-        what = "the task fine-tuned on" if cells == "task" else "the tasks before"
+    order = list(CELLS)
+    for cells, auxiliary, alpha, steps in sorted(kinds, key=lambda k: (order.index(k[0]), k[1:])):
         mine = [
             r
             for r in rows
             if (r["cells"], r["auxiliary"], r["alpha"]) == (cells, auxiliary, alpha)
             and r["steps"] in (steps, 0)
         ]
-        parts.append(f"**On {what}**, {steps} steps, {auxiliary}, alpha {alpha:g}\n\n{table(mine)}")
+        online = cells in ("online", "left-alone")
+        how = f"{auxiliary}" if online else f"{steps} steps, {auxiliary}, alpha {alpha:g}"
+        compared = table(mine, "online" if online else "sft")
+        parts.append(f"**On {CELLS[cells]}**, {how}\n\n{compared}")
     lines = [
         "| seed | auxiliary | vector | norm over plain fine-tuning's | cosine with it |",
         "|---|---|---|---|---|",
@@ -180,7 +222,7 @@ def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any
 def main(
     changes: Annotated[list[str] | None, typer.Argument(help="settings to change in every run")] = None,
     seeds: Annotated[str, typer.Option(help="training seeds")] = "0,1,2",
-    arms: Annotated[str, typer.Option(help="arms to run")] = ",".join(ARMS),
+    arms: Annotated[str, typer.Option(help="arms to run")] = ",".join((*ARMS, *ONLINE)),
     steps: Annotated[str, typer.Option(help="fine-tuning steps, from few to many")] = "50,200",
     auxiliary: Annotated[str, typer.Option(help="spatial or future")] = "spatial",
     alphas: Annotated[str, typer.Option(help="how much of the vector")] = "1.1",

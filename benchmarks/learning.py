@@ -128,9 +128,9 @@ def run_arm(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def held_out(folder: Path, version: int) -> list[dict[str, Any]]:
+def held_out(folder: Path, version: int, phase: str = "evaluation") -> list[dict[str, Any]]:
     """The evaluation episodes of one version, each cell once."""
-    lines = [e for e in read_journal(folder / "episodes.jsonl") if e["phase"] == "evaluation"]
+    lines = [e for e in read_journal(folder / "episodes.jsonl") if e["phase"] == phase]
     return list({cell_of(e): e for e in lines if e["policy_version"] == version}.values())
 
 
@@ -143,9 +143,11 @@ def last_version(folder: Path) -> int:
     return promoted[-1] if promoted else 0
 
 
-def rows_of(folder: Path, recipe: Recipe, arm: str, seed: int, version: int) -> list[dict[str, Any]]:
+def rows_of(
+    folder: Path, recipe: Recipe, arm: str, seed: int, version: int, phase: str = "evaluation"
+) -> list[dict[str, Any]]:
     """Every raw held-out outcome of one version of a run; an episode that ended in a fault has none. `recipe` is what
-    the version came of."""
+    the version came of, `phase` what drove it."""
     return [
         {
             "paradigm": recipe.policy.paradigm,
@@ -160,7 +162,7 @@ def rows_of(folder: Path, recipe: Recipe, arm: str, seed: int, version: int) -> 
             "policy_version": e["policy_version"],
             "policy_hash": e["policy_hash"],
         }
-        for e in held_out(folder, version)
+        for e in held_out(folder, version, phase)
         if e["outcome"] != "fault"
     ]
 

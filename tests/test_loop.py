@@ -239,10 +239,25 @@ def test_a_finished_run_can_be_evaluated_again(trained_run: Path, tmp_path: Path
     assert again["warnings"] == []
     assert {cell_of(e): e["success"] for e in first} == {cell_of(e): e["success"] for e in second}
     assert again["differs_from_published"][-1] == "episodes end after 200 steps, not at the suite's limit"
+    with pytest.raises(RecipeError, match="--tasks 1 goes with the held-out manifest"):
+        evaluate_run(copy, version=0, manifest="published", tasks="1")
+    with pytest.raises(RecipeError, match=r"--tasks 11: .* must lie in 0\.\.9"):
+        evaluate_run(copy, version=0, manifest="held-out", tasks="11")
     with pytest.raises(RecipeError, match="holds no version 99"):
         evaluate_run(copy, version=99, manifest="held-out")
     with pytest.raises(CheckpointError, match="is not the one it began from"):
         check_hash(copy, copy, 0, "0" * 64)
+
+
+def test_a_run_can_be_evaluated_on_tasks_that_it_did_not_train_on(trained_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained_run, copy)
+    trained_on = {e["task_id"] for e in episodes(copy, "evaluation")}
+    other = next(task for task in range(10) if task not in trained_on)
+    result = evaluate_run(copy, version=0, manifest="held-out", tasks=str(other))
+    driven = episodes(copy, "evaluation-held-out")
+    assert {e["task_id"] for e in driven} == {other}
+    assert result["episodes"] == len(driven) > 0
 
 
 @ray.remote(num_cpus=0.1)
