@@ -53,8 +53,7 @@ def evaluate_run(
         path: run folder.
         version: a published version; none: the last promoted one (0 when none was).
         manifest: `held-out` (the recipe's own) or `published` (10 tasks x 50 initial states).
-        tasks: of the suite, such as `1,8`, whose held-out states to drive instead of those of the recipe's tasks: what
-            the run did to tasks that it did not train on.
+        tasks: of the suite, such as `1,8`: drive their held-out states instead of those of the recipe's tasks.
 
     Returns:
         The rate, its interval, the kind of assets, and a warning (logged too) for each difference between this stack
