@@ -19,7 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from actors.checks import recipe_to_resume
 from actors.demonstrations import DemonstrationError
+from actors.learning import LearnerLostError
 from actors.parameter_server import ParameterServerError
 from actors.pipeline import train as run_training
 from actors.placement import PlacementError, cause_of
@@ -66,6 +68,7 @@ def one_line_errors() -> Iterator[None]:
         FingerprintError,
         FloatingPointError,
         JournalError,
+        LearnerLostError,
         NoExpertError,
         PublishedError,
         OSError,
@@ -84,14 +87,26 @@ def fields_help() -> str:
 def main(context: typer.Context) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     if context.invoked_subcommand is None:
-        train(QUICKSTART, None)
+        train()
 
 
 @app.command(epilog=fields_help())
-def train(recipe: RecipeArgument = QUICKSTART, overrides: Overrides = None) -> None:
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help=f"recipe, a YAML file; default: {QUICKSTART}")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="run folder to go on in, with its own recipe, after its driver died")
+    ] = None,
+) -> None:
     """Run a recipe: supervised start, online rounds, evaluation, report."""
+    changes = list(overrides or [])
     with one_line_errors():
-        result = run_training(load_recipe(recipe, overrides or []))
+        if resume is None:
+            result = run_training(load_recipe(recipe or QUICKSTART, changes))
+        else:
+            if recipe is not None and "=" in str(recipe):
+                recipe, changes = None, [str(recipe), *changes]
+            result = run_training(recipe_to_resume(resume, recipe, changes), resume=resume)
     typer.echo(json.dumps(result))
 
 

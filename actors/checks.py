@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,11 @@ from configs.schema import Recipe
 from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
 from learners.capability import recipe_of, verify_vector
-from learners.checkpoint import verify
+from learners.checkpoint import CheckpointError, verify
 from policies.make import make_policy
 from policies.published import check_published
 from policies.weights.shards import ShardFolder
+from trajectories.journal import read_journal
 
 
 def check_policy(recipe: Recipe) -> int:
@@ -115,3 +117,63 @@ def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
         read_fingerprint(source), ours, what=f"start: {source} is of another world than this run"
     )
     verify(source / "checkpoints" / "start")
+
+
+def check_hash(path: Path, start: Path, version: int, content_hash: str) -> None:
+    """Raise CheckpointError unless these are the weights that the run published under this version: another run may
+    have trained a start of the same name since."""
+    lines = [m for m in read_journal(path / "metrics.jsonl") if m["stage"] == "published"]
+    recorded = [m["hash"] for m in lines if m["version"] == version]
+    if recorded and recorded[-1] != content_hash:
+        raise CheckpointError(
+            f"version {version} of {path} hashes to {content_hash[:12]}, the run published {recorded[-1][:12]}: "
+            f"the start in {start} is not the one it began from; put that one back"
+        )
+
+
+CHANGEABLE = (
+    "rollouts.rounds",
+    "rollouts.actors",
+    "rollouts.cpus_per_actor",
+    "serving.actors",
+    "serving.cpus_per_actor",
+)
+"""What a run may be given more or less of when it is resumed: none of it changes what an episode or a step gives."""
+
+
+def recipe_to_resume(run: Path, recipe: Path | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe that a run which did not end goes on with: its own, but for CHANGEABLE settings.
+
+    Raises RecipeError when there is no such run, when it has ended, and when it is of another recipe than `recipe` with
+    `overrides`, naming every setting in which they differ.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"--resume: {run} is not a run folder (it has no recipe.yaml); name the folder of a run"
+        )
+    if (run / "result.json").is_file():
+        raise RecipeError(
+            f"--resume: {run} has ended (it has a result.json); evaluate it, or start another run from it with "
+            f"start={run}"
+        )
+    own = load_recipe(run / "recipe.yaml")
+    asked = load_recipe(recipe or run / "recipe.yaml", overrides)
+    here, there = (settings_of(r.model_dump(mode="json", exclude={"name", "root"})) for r in (asked, own))
+    unlike = [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in {**there, **here}
+        if here.get(name) != there.get(name) and not name.startswith(CHANGEABLE)
+    ]
+    if unlike:
+        raise RecipeError(
+            f"--resume: {run} is of another recipe: {'; '.join(unlike)}; leave the recipe out to go on as it began"
+        )
+    return asked.model_copy(update={"name": own.name, "root": own.root})
+
+
+def settings_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Setting, as `part.key`, -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= settings_of(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from typing import Any
@@ -12,10 +13,16 @@ from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from actors.stages import cell_of
 from configs.schema import Recipe
+from trajectories.codec import CodecError, load_trajectory, save_trajectory
 from trajectories.records import Cell, Trajectory
+
+log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 5
 """Perturbed demonstrations tried per one kept, before the expert counts as unable."""
+
+
+_SEEDS_OF_ATTEMPT = 1000
 
 
 class DemonstrationError(RuntimeError):
@@ -25,13 +32,16 @@ class DemonstrationError(RuntimeError):
 def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajectory]:
     """Collect `per_task` successful perturbed demonstrations of every task, from the demonstration states in turn.
 
-    An attempt that failed, or ended in a fault, is counted and tried again from the same state with another seed.
+    An attempt that failed, or ended in a fault, is counted and tried again from the same state with another seed. Each
+    that is kept is saved at once; those that an earlier process of this run saved are taken as they are.
     Raises DemonstrationError naming the tasks whose expert fails MAX_ATTEMPTS times over.
     """
     tasks, part = recipe.tasks, recipe.demonstrations
     depth = recipe.supervised.auxiliary == "spatial"
-    kept: list[Trajectory] = []
-    missing = [(task, number) for task in tasks.task_ids for number in range(part.per_task)]
+    kept = saved_demonstrations(folder)
+    there = {(demo.cell.task_id, demo.cell.seed % _SEEDS_OF_ATTEMPT) for demo in kept}
+    wanted = [(task, number) for task in tasks.task_ids for number in range(part.per_task)]
+    missing = [(task, number) for task, number in wanted if (task, number) not in there]
     started = time.monotonic()
 
     def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
@@ -46,7 +56,7 @@ def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajector
                     suite=tasks.suite,
                     task_id=task,
                     init_state=tasks.demo_init_states[number % len(tasks.demo_init_states)],
-                    seed=part.seed * 10_000 + attempt * 1000 + number,
+                    seed=part.seed * 10_000 + attempt * _SEEDS_OF_ATTEMPT + number,
                 ): (task, number)
                 for task, number in missing
             }
@@ -54,6 +64,7 @@ def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajector
                 folder.episode("demonstration", -1, record)
                 if record["success"]:
                     kept.append(ray.get(trajectory))
+                    save_trajectory(folder.demonstrations / kept[-1].trajectory_id, kept[-1])
                     missing.remove(cells[cell_of(record)])
                     bar.advance()
     if missing:
@@ -64,3 +75,18 @@ def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajector
         )
     folder.metric("demonstration", episodes=len(kept), wall_s=round(time.monotonic() - started, 1))
     return sorted(kept, key=lambda t: t.cell)
+
+
+def saved_demonstrations(folder: RunFolder) -> list[Trajectory]:
+    """The demonstrations in a run folder that are intact; a damaged one is named, and is there to be made again."""
+    folder.demonstrations.mkdir(parents=True, exist_ok=True)
+    saved = []
+    for path in sorted(folder.demonstrations.glob("*")):
+        if path.suffix == ".tmp":
+            path.unlink()
+            continue
+        try:
+            saved.append(load_trajectory(path))
+        except CodecError as error:
+            log.warning("a demonstration is made again: %s", error)
+    return saved

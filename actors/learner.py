@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import ray
 import torch
@@ -12,7 +12,7 @@ from configs.policy import PolicyPart
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import load_vector
-from learners.checkpoint import load_checkpoint, save_checkpoint
+from learners.checkpoint import keep_newest, load_checkpoint, save_checkpoint
 from learners.orthogonality import FullPenalty
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
@@ -21,6 +21,13 @@ from policies.weights.snapshots import state_tensors
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
 
 PROGRESS_EVERY = 20
+KEPT_STATES = 2
+"""Learner states on disk: the last round's, and the one before should that be damaged."""
+
+
+def state_name(round_index: int) -> str:
+    """The name of the learner's state after a round's update, among the learner states of a run."""
+    return f"r{round_index:04d}"
 
 
 class Learner:
@@ -38,7 +45,7 @@ class Learner:
         image_size: int,
         seed: int,
         threads: int,
-        monitor: Any,
+        monitor: str,
     ) -> None:
         torch.set_num_threads(threads)
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
@@ -51,7 +58,8 @@ class Learner:
         self._capability = capability
         self._vector = load_vector(capability.vector) if capability.vector and capability.weight else None
         self._seed = seed
-        self._monitor = monitor
+        # By name: a handle among its arguments would keep Ray from restarting this actor once those are gone.
+        self._monitor = ray.get_actor(monitor)
         self._policy = make_policy(policy, image_size=image_size, seed=seed, device=device)
         self._learner: PreferenceLearner | None = None
         self._demos: list[Trajectory] = []
@@ -106,9 +114,15 @@ class Learner:
         )
 
     def update(
-        self, pairs: Sequence[PreferencePair], successes: Sequence[Trajectory]
+        self,
+        pairs: Sequence[PreferencePair],
+        successes: Sequence[Trajectory],
+        *,
+        states: str | None = None,
+        round_index: int = 0,
     ) -> tuple[UpdateReport, AdapterWeights]:
-        """One learning round. A tripped update leaves the adapter as it was."""
+        """One learning round. A tripped update leaves the adapter as it was. What was learned is on disk, in the folder
+        `states` if one is given, before this returns: see `load_state`."""
         learner = self._attached()
         total = self._preference.steps
 
@@ -117,7 +131,21 @@ class Learner:
                 ray.get(self._monitor.report.remote("update", step, total, metrics))
 
         report = learner.update(pairs, successes, self._demos, on_step=on_step)
+        if states is not None:
+            said = {"stopped": report.stopped, "reason": report.reason, "steps": report.steps}
+            said |= {"value": report.value, "metrics": dict(report.metrics)}
+            metadata = {"round": round_index, "report": said}
+            save_checkpoint(Path(states), state_name(round_index), learner.state(), metadata)
+            keep_newest(states, KEPT_STATES)
         return report, learner.adapter()
+
+    def load_state(self, path: str) -> None:
+        """Continue exactly where an update ended: adapter, optimizer, random generator, number of updates."""
+        self._attached().load_state(load_checkpoint(path)[0])
+
+    def adapter(self) -> AdapterWeights:
+        """A copy of the adapter as it is."""
+        return self._attached().adapter()
 
     def restore(self, adapter: AdapterWeights | None) -> None:
         """Go back to the adapter of the last good version (None: the start), with a fresh optimizer."""
@@ -130,3 +158,4 @@ class Learner:
 
 
 LearnerActor = ray.remote(Learner)
+"""A restarted one is blank: see `actors.learning.take_up`."""

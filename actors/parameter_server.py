@@ -186,6 +186,10 @@ class ParameterServer:
         hashes = {name: value for part in parts for name, value in part.items()}
         return version, root_hash(hashes)
 
+    def rise_above(self, version: int) -> None:
+        """Number what is published next above `version`, which an earlier process of this run gave out."""
+        self._next = max(self._next, version + 1)
+
     def drift(self, version: int) -> float:
         """The largest relative change of a layer's output that merging and rounding made in this version, over all
         shards; see `policies.weights.merging.drift`. Raises ParameterServerError when a shard is gone for good."""

@@ -21,28 +21,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.cells import training_cells
-from actors.checks import check_policy, check_start
+from actors.checks import check_hash, check_policy, check_start
 from actors.demonstrations import demonstrate
-from actors.placement import Crew, check_fits, connect
-from actors.run_folder import RunFolder, report_early_end
-from actors.stages import (
-    Outcomes,
+from actors.learning import (
+    Origin,
+    Update,
     Version,
     begin_update,
-    drive,
     end_update,
-    follow,
+    last_good,
     publish,
-    take_fingerprint,
-    take_recorded,
-    trial,
+    supervise,
+    take_up,
 )
+from actors.placement import Crew, check_fits, connect
+from actors.run_folder import RunFolder, report_early_end
+from actors.stages import Outcomes, drive, record_stack, take_fingerprint, take_recorded, trial
 from configs.loader import load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
@@ -50,12 +51,13 @@ from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
-from trajectories.codec import load_trajectory, save_trajectory
+from learners.checkpoint import is_intact
+from trajectories.codec import load_trajectory
 from trajectories.records import Cell, Trajectory
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
-    """Run a recipe from start to report.
+def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
+    """Run a recipe from start to report, or go on with the run in the folder `resume`, which is of this recipe.
 
     Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
     cluster is too small, PublishedError for published weights that do not fit, RecipeError, CheckpointError or
@@ -71,17 +73,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
-    folder = RunFolder.create(recipe)
+    folder = RunFolder.create(recipe) if resume is None else RunFolder.resume(resume)
     crew = Crew()
     try:
-        start = prepare(recipe, folder, crew, assets)
-        before = evaluate(recipe, folder, crew, start)
+        loop = prepare(recipe, folder, crew, assets)
+        before = evaluate(loop, loop.start)
         match recipe.schedule:
             case "synchronous":
-                good = synchronous(recipe, folder, crew, start)
+                good = synchronous(loop)
             case "overlapped":
-                good = overlapped(recipe, folder, crew, start)
-        after = evaluate(recipe, folder, crew, good) if good is not start else before
+                good = overlapped(loop)
+        after = evaluate(loop, good) if good is not loop.start else before
         result = summarize(recipe, folder, assets, before, after, wall_s=time.monotonic() - started)
         write_report(folder.path)
         return result
@@ -93,53 +95,50 @@ def train(recipe: Recipe) -> dict[str, Any]:
         folder.release()
 
 
-def synchronous(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """A run whose actors are up and whose start is published."""
+
+    recipe: Recipe
+    folder: RunFolder
+    crew: Crew
+    origin: Origin
+    start: Version
+    good: Version
+    """In force when the schedule begins: the start, unless the run is resumed."""
+    first_round: int
+
+
+def synchronous(loop: Loop) -> Version:
     """Collect, learn, trial, one after the other. Returns the last version in force."""
-    good = start
-    for index in range(recipe.rollouts.rounds):
-        driven = collect(recipe, folder, crew, good, index)
-        update = begin_update(crew, folder, good.version, index)
-        good = settle(recipe, folder, crew, good, update, driven, index)
+    good = loop.good
+    for index in range(loop.first_round, loop.recipe.rollouts.rounds):
+        driven = collect(loop, good, index)
+        update = begin_update(loop.crew, loop.folder, good.version, index)
+        good = settle(loop, good, update, driven)
     return good
 
 
-def overlapped(recipe: Recipe, folder: RunFolder, crew: Crew, start: Version) -> Version:
+def overlapped(loop: Loop) -> Version:
     """Collect the next round while the learner works on the last one. Returns the last version in force."""
-    good = start
-    driven = collect(recipe, folder, crew, good, 0) if recipe.rollouts.rounds else Outcomes(version=0)
-    for index in range(recipe.rollouts.rounds):
-        update = begin_update(crew, folder, good.version, index)
-        last = index + 1 == recipe.rollouts.rounds
-        ahead = driven if last else collect(recipe, folder, crew, good, index + 1)
-        good = settle(recipe, folder, crew, good, update, driven, index)
+    good, rounds = loop.good, loop.recipe.rollouts.rounds
+    driven = collect(loop, good, loop.first_round) if loop.first_round < rounds else Outcomes(version=0)
+    for index in range(loop.first_round, rounds):
+        update = begin_update(loop.crew, loop.folder, good.version, index)
+        ahead = driven if index + 1 == rounds else collect(loop, good, index + 1)
+        good = settle(loop, good, update, driven)
         driven = ahead
     return good
 
 
-def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAssets) -> Version:
-    """Start the actors, train (or take up) the start, and publish it as version 0."""
+def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAssets) -> Loop:
+    """Start the actors, train (or take up) the start, publish it as version 0, and find where the schedule begins."""
     crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
     crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
     stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
-    folder.write_json("fingerprint.json", stack)
-    if recipe.start is not None:
-        unlike = differences(read_fingerprint(Path(recipe.start)), stack)
-        if unlike:
-            folder.event({"event": "stack_differs", "start": recipe.start, "reason": "; ".join(unlike)})
+    record_stack(folder, stack, start=recipe.start)
     crew.start_learner(recipe)
-    checkpoint = folder.checkpoints / "start"
-    if recipe.start is None:
-        demos: list[Trajectory] = []
-        if recipe.demonstrated:
-            demos = demonstrate(crew, folder, recipe)
-        for demo in demos:
-            save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
-        training = crew.learner.supervise.remote(demos, folder=str(folder.checkpoints))
-        follow(crew, folder, training, label="supervised", total=recipe.supervised.steps)
-    else:
-        checkpoint = Path(recipe.start) / "checkpoints" / "start"
-        saved = sorted((Path(recipe.start) / "demonstrations").iterdir())
-        ray.get(crew.learner.load_start.remote(str(checkpoint), [load_trajectory(path) for path in saved]))
+    checkpoint, demos, trained = make_start(recipe, folder, crew)
     crew.start_serving(
         recipe.serving,
         policy=recipe.policy,
@@ -148,21 +147,48 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
         saved=str(folder.checkpoints),
         num_shards=recipe.learner.parameter_shards,
     )
+    earlier = folder.published()
     start = publish(crew, folder, None)
-    ray.get(crew.learner.attach.remote(start.content_hash))
-    return start
+    check_hash(folder.path, checkpoint, 0, start.content_hash)
+    crew.server.rise_above(max(earlier, default=0))
+    origin = Origin(checkpoint=checkpoint, demonstrations=tuple(demos), content_hash=start.content_hash)
+    good, first = last_good(folder, start) if folder.resumed else (start, 0)
+    if trained:
+        ray.get(crew.learner.attach.remote(start.content_hash))
+    else:
+        take_up(crew, folder, origin, good)
+    if folder.resumed:
+        folder.event({"event": "resumed", "version": good.version, "next_round": first})
+    return Loop(
+        recipe=recipe, folder=folder, crew=crew, origin=origin, start=start, good=good, first_round=first
+    )
 
 
-def collect(recipe: Recipe, folder: RunFolder, crew: Crew, good: Version, index: int) -> Outcomes:
-    """One round of rollouts with the version in force; the start's first one may have been driven before."""
+def make_start(recipe: Recipe, folder: RunFolder, crew: Crew) -> tuple[Path, list[Trajectory], bool]:
+    """The checkpoint of the supervised start, its demonstrations, and whether the learner was trained just now."""
+    checkpoint = folder.checkpoints / "start"
+    if recipe.start is not None:
+        checkpoint = Path(recipe.start) / "checkpoints" / "start"
+        saved = sorted((Path(recipe.start) / "demonstrations").iterdir())
+        return checkpoint, [load_trajectory(path) for path in saved], False
+    demos = demonstrate(crew, folder, recipe) if recipe.demonstrated else []
+    if folder.resumed and is_intact(checkpoint):
+        return checkpoint, demos, False
+    supervise(crew, folder, demos, steps=recipe.supervised.steps)
+    return checkpoint, demos, True
+
+
+def collect(loop: Loop, good: Version, index: int) -> Outcomes:
+    """One round of rollouts with the version in force; the start's first one may have been driven before. A round that
+    an earlier process of this run began is ended with the version that it was begun with."""
+    recipe = loop.recipe
+    begun = [record["policy_version"] for record in loop.folder.driven("rollout", index)]
     cells = training_cells(recipe.tasks, recipe.rollouts, index)
-    return recorded(
-        recipe, folder, crew, good, cells, phase="rollout", round_index=index, keep=True
-    ) or drive(
-        crew,
-        folder,
+    return recorded(loop, good, cells, phase="rollout", round_index=index, keep=True) or drive(
+        loop.crew,
+        loop.folder,
         cells,
-        version=good.version,
+        version=begun[0] if begun else good.version,
         temperature=recipe.policy.temperature,
         phase="rollout",
         round_index=index,
@@ -170,47 +196,35 @@ def collect(recipe: Recipe, folder: RunFolder, crew: Crew, good: Version, index:
     )
 
 
-def settle(
-    recipe: Recipe,
-    folder: RunFolder,
-    crew: Crew,
-    good: Version,
-    update: ray.ObjectRef,
-    driven: Outcomes,
-    index: int,
-) -> Version:
+def settle(loop: Loop, good: Version, update: Update, driven: Outcomes) -> Version:
     """End an update and try what it learned; returns the version in force afterwards."""
-    candidate = end_update(crew, folder, update, good=good, steps=recipe.preference.steps, round_index=index)
+    recipe, crew, folder = loop.recipe, loop.crew, loop.folder
+    candidate = end_update(crew, folder, loop.origin, update, good=good, steps=recipe.preference.steps)
     if candidate is None:
         return good
     return trial(
         crew,
         folder,
+        loop.origin,
         recipe.guard,
         good=good,
         candidate=candidate,
         driven=driven,
         temperature=recipe.policy.temperature,
-        round_index=index,
+        round_index=update.round_index,
     )
 
 
 def recorded(
-    recipe: Recipe,
-    folder: RunFolder,
-    crew: Crew,
-    version: Version,
-    cells: Sequence[Cell],
-    *,
-    phase: str,
-    round_index: int,
-    keep: bool,
+    loop: Loop, version: Version, cells: Sequence[Cell], *, phase: str, round_index: int, keep: bool
 ) -> Outcomes | None:
     """These cells as the run whose start was taken up has driven them, when it did so with these very weights, in the
     same way and on the same stack: to drive them again would give the same. None otherwise."""
+    recipe, folder = loop.recipe, loop.folder
     if (
         recipe.start is None
         or version.adapter is not None
+        or folder.driven(phase, round_index)
         or differences(read_fingerprint(Path(recipe.start)), read_fingerprint(folder.path))
     ):
         return None
@@ -222,7 +236,7 @@ def recorded(
     if next(ways) != next(ways):
         return None
     return take_recorded(
-        crew,
+        loop.crew,
         folder,
         Path(recipe.start),
         cells,
@@ -233,18 +247,16 @@ def recorded(
     )
 
 
-def evaluate(recipe: Recipe, folder: RunFolder, crew: Crew, version: Version) -> Outcomes:
+def evaluate(loop: Loop, version: Version) -> Outcomes:
     """Drive the held-out manifest with a version. Nothing of it is stored for training."""
-    part = recipe.evaluation
-    cells = held_out_cells(recipe.tasks, part.sampling_seeds)
-    return recorded(
-        recipe, folder, crew, version, cells, phase="evaluation", round_index=-1, keep=False
-    ) or drive(
-        crew,
-        folder,
+    part = loop.recipe.evaluation
+    cells = held_out_cells(loop.recipe.tasks, part.sampling_seeds)
+    return recorded(loop, version, cells, phase="evaluation", round_index=-1, keep=False) or drive(
+        loop.crew,
+        loop.folder,
         cells,
         version=version.version,
-        temperature=recipe.policy.temperature if part.temperature is None else part.temperature,
+        temperature=loop.recipe.policy.temperature if part.temperature is None else part.temperature,
         phase="evaluation",
         round_index=-1,
         keep=False,

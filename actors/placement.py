@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,10 @@ class Crew:
     no place in PLACEMENT_DEADLINE_S."""
 
     def __init__(self) -> None:
-        self.monitor: Any = MonitorActor.options(num_cpus=0).remote()
+        self._monitor_name = f"monitor-{uuid.uuid4().hex[:8]}"
+        self.monitor: Any = MonitorActor.options(
+            name=self._monitor_name, num_cpus=0, max_restarts=-1, max_task_retries=-1
+        ).remote()
         self.policies: list[Any] = []
         self._others: list[Any] = [self.monitor]
 
@@ -216,7 +220,9 @@ class Crew:
         """Start the learner actor."""
         part = recipe.learner
         init, vector = recipe.supervised.init, recipe.capability.vector
-        self.learner: Any = LearnerActor.options(num_cpus=part.cpus, num_gpus=part.gpus).remote(
+        self.learner: Any = LearnerActor.options(
+            num_cpus=part.cpus, num_gpus=part.gpus, max_restarts=-1
+        ).remote(
             policy=located(recipe.policy),
             supervised=recipe.supervised.model_copy(update={"init": _absolute(init)}),
             capability=recipe.capability.model_copy(update={"vector": _absolute(vector)}),
@@ -226,14 +232,14 @@ class Crew:
             image_size=recipe.environment.image_size,
             seed=recipe.seed,
             threads=part.threads,
-            monitor=self.monitor,
+            monitor=self._monitor_name,
         )
         self._others.append(self.learner)
         wait_until_placed([self.learner], learner_ask(part))
 
     def start_store(self, folder: str, *, preference: PreferencePart, seed: int) -> None:
         """Start the actor that owns the preference store."""
-        self.store: Any = StoreActor.options(num_cpus=0).remote(
+        self.store: Any = StoreActor.options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(
             folder=folder, preference=preference, seed=seed
         )
         self._others.append(self.store)
@@ -262,6 +268,9 @@ class Crew:
         ]
         self._others += [*self.server.shards, *self.policies]
         wait_until_placed(self.policies, serving_ask(part))
+
+    def tend(self) -> None:
+        """What is due now and then while the driver waits for something else."""
 
     def dismiss(self) -> None:
         """End every actor of this run."""

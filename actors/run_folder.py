@@ -21,19 +21,26 @@ from trajectories.journal import Journal, read_journal
 
 log = logging.getLogger(__name__)
 
+FATES = ("promoted", "rolled_back", "tripped", "skipped")
+"""Events that settle a round."""
 LOCK = "run.lock"
 """Held by the process that a run, or an evaluation of it, goes on in."""
+OWNER_ENDS_S = 10.0
+"""How long the process that a run is resumed after may take to end."""
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines when the output is not a terminal (`ray job submit`, CI)."""
 
 
 class RunFolder:
-    """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/,
-    demonstrations/, result.json, run.lock; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock
+    """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/ (the
+    start and every version's adapter), learner/ (its state after the last updates), demonstrations/, result.json,
+    run.lock; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock
     and, where a file was found damaged, quarantine/; the report's report.md, plots/ and videos/."""
 
-    def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
+    def __init__(self, path: Path, lock: FolderLock | None = None, *, resumed: bool = False) -> None:
         self.path = path
+        self.resumed = resumed
+        """Whether an earlier process began this run: what it left durable is taken up, not done again."""
         self._lock = lock
         self._metrics = Journal(path / "metrics.jsonl")
         self._episodes = Journal(path / "episodes.jsonl")
@@ -64,6 +71,11 @@ class RunFolder:
         """A finished run's folder, to add to. Raises FolderLockedError when the run still goes on."""
         return cls(path, FolderLock(path / LOCK))
 
+    @classmethod
+    def resume(cls, path: Path) -> RunFolder:
+        """The folder of a run that did not end, to go on in. Raises FolderLockedError when it still goes on."""
+        return cls(path, FolderLock(path / LOCK, wait_s=OWNER_ENDS_S), resumed=True)
+
     def release(self) -> None:
         """Let others have the folder."""
         if self._lock is not None:
@@ -77,6 +89,27 @@ class RunFolder:
     def demonstrations(self) -> Path:
         return self.path / "demonstrations"
 
+    @property
+    def learner_states(self) -> Path:
+        return self.path / "learner"
+
+    def driven(self, phase: str, round_index: int) -> list[dict[str, Any]]:
+        """The episodes of a phase and round that are on record from before this process; none in a new run."""
+        if not self.resumed:
+            return []
+        lines = read_journal(self.path / "episodes.jsonl")
+        return [line for line in lines if (line["phase"], line["round"]) == (phase, round_index)]
+
+    def fate(self, round_index: int) -> dict[str, Any] | None:
+        """The event that settled a round; None when it is not settled."""
+        settled = [e for e in read_journal(self.path / "events.jsonl") if e["event"] in FATES]
+        return next((e for e in settled if e["round"] == round_index), None)
+
+    def published(self) -> dict[int, str]:
+        """Version -> hash, of every version on record."""
+        lines = read_journal(self.path / "metrics.jsonl")
+        return {line["version"]: line["hash"] for line in lines if line["stage"] == "published"}
+
     def rollout_throughput(self) -> float:
         """Environment steps per second over all rollouts, canaries and evaluations so far."""
         lines = [m for m in read_journal(self.path / "metrics.jsonl") if "env_steps" in m]
@@ -87,7 +120,8 @@ class RunFolder:
         self._metrics.append({"time": round(time.time(), 3), "stage": stage, **numbers})
 
     def episode(self, phase: str, round_index: int, record: dict[str, Any]) -> None:
-        self._episodes.append({"phase": phase, "round": round_index, **record})
+        line = {"phase": phase, "round": round_index, "time": round(time.time(), 3), **record}
+        self._episodes.append(line)
 
     def event(self, event: dict[str, Any]) -> None:
         """Record something a person should know, and say it."""

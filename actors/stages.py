@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,21 @@ import ray
 
 from actors.canary import judge
 from actors.cells import canary_cells
-from actors.parameter_server import version_name
+from actors.learning import Origin, Version, call_learner
 from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from configs.schema import GuardPart
 from configs.world import EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets
-from envs.fingerprint import stack_fingerprint
-from learners.checkpoint import save_checkpoint
-from policies.weights.adapter_files import adapter_tensors
+from envs.fingerprint import differences, read_fingerprint, require_same_world, stack_fingerprint
 from trajectories.codec import CodecError, load_trajectory
 from trajectories.journal import read_journal
-from trajectories.records import AdapterWeights, Cell
+from trajectories.records import Cell
 
 log = logging.getLogger(__name__)
 
 RESTART_DEADLINE_S = 60.0
 """How long the end of a sweep waits for policy actors that are restarting."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Version:
-    """Published weights that the fleet can be sent to."""
-
-    version: int
-    content_hash: str
-    adapter: AdapterWeights | None
-    """What the learner goes back to when a later candidate fails; None is the supervised start."""
 
 
 @dataclass(slots=True)
@@ -52,6 +40,13 @@ class Outcomes:
     faulted: set[Cell] = field(default_factory=set)
     env_steps: int = 0
     wall_s: float = 0.0
+
+    def enter(self, record: Mapping[str, Any]) -> None:
+        """Count one episode, given as its record."""
+        if record["outcome"] == "fault":
+            self.faulted.add(cell_of(record))
+        else:
+            self.success[cell_of(record)] = record["success"]
 
     @property
     def rate(self) -> float:
@@ -69,8 +64,19 @@ def drive(
     round_index: int,
     keep: bool,
 ) -> Outcomes:
-    """Drive cells with a version; with `keep`, every trajectory goes to the store before it is counted."""
+    """Drive cells with a version; with `keep`, every trajectory goes to the store before it is counted.
+
+    In a run that is resumed, the cells that are on record for this phase, round and version are not driven again.
+    """
     out = Outcomes(version=version)
+    for record in folder.driven(phase, round_index):
+        if record["policy_version"] == version:
+            out.enter(record)
+    missing = [cell for cell in cells if cell not in out.success and cell not in out.faulted]
+    if len(missing) < len(cells):
+        log.info(
+            "%s v%d: %d of %d episodes are on record", phase, version, len(cells) - len(missing), len(cells)
+        )
     started = time.monotonic()
 
     def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
@@ -79,18 +85,17 @@ def drive(
         )
 
     with progress_bar(f"{phase} v{version}", len(cells)) as bar:
-        for record, trajectory in crew.fleet.run(cells, launch):
+        bar.update(len(cells) - len(missing))
+        for record, trajectory in crew.fleet.run(missing, launch):
             if (
                 keep and record["policy_hash"]
             ):  # an episode that failed before its first decision has nothing to keep
                 ray.get(crew.store.add.remote(trajectory))
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
+            out.enter(record)
             if record["outcome"] == "fault":
-                out.faulted.add(cell_of(record))
                 folder.event({"event": "quarantined", "cell": cell_of(record).key, "reason": record["fault"]})
-            else:
-                out.success[cell_of(record)] = record["success"]
             bar.advance(f"success {100 * out.rate:.0f} %")
     out.wall_s = time.monotonic() - started
     folder.metric(
@@ -121,7 +126,9 @@ def take_recorded(
     """What another run's `phase` gave on these cells under these very weights, entered into this run's episodes and,
     with `keep`, its store. None when one of the cells is not recorded there."""
     found = {
-        cell_of(episode): {key: value for key, value in episode.items() if key not in ("phase", "round")}
+        cell_of(episode): {
+            key: value for key, value in episode.items() if key not in ("phase", "round", "time")
+        }
         for episode in read_journal(source / "episodes.jsonl")
         if episode["phase"] == phase and episode["policy_hash"] == version.content_hash
     }
@@ -139,10 +146,7 @@ def take_recorded(
     out = Outcomes(version=version.version)
     for cell in cells:
         folder.episode(phase, round_index, found[cell])
-        if found[cell]["outcome"] == "fault":
-            out.faulted.add(cell)
-        else:
-            out.success[cell] = found[cell]["success"]
+        out.enter(found[cell])
     log.info("%s: %d episodes are those that %s drove with these weights", phase, len(cells), source)
     return out
 
@@ -166,68 +170,28 @@ def take_fingerprint(
     )
 
 
-def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, total: int, **tags: Any) -> Any:
-    """Wait for long work in another actor, showing and recording what it reports."""
-    done: list[ray.ObjectRef] = []
-    with progress_bar(label, total) as bar:
-        while not done:
-            done, _ = ray.wait([ref], timeout=1.0)
-            (_, step, _, metrics), lines = ray.get(crew.monitor.pop.remote())
-            for line in lines:
-                folder.metric(line.pop("stage"), **tags, **line)
-            if lines:
-                bar.update(step, f"loss {metrics['loss']:.3f}" if "loss" in metrics else "")
-    return ray.get(ref)
+def record_stack(folder: RunFolder, stack: dict[str, Any], *, start: str | None) -> None:
+    """Write down the stack that a run is on, or say in what it differs from that of the run that it goes on with, or
+    whose start it takes up.
 
-
-def begin_update(crew: Crew, folder: RunFolder, version: int, round_index: int) -> ray.ObjectRef:
-    """Mine pairs as of `version` and start an update on them; returns the ref of (report, adapter)."""
-    pairs, successes, counts = crew.store.mine.options(num_returns=3).remote(version)
-    folder.metric("pairs", round=round_index, version=version, **ray.get(counts).summary())
-    return crew.learner.update.options(num_returns=1).remote(pairs, successes)
-
-
-def end_update(
-    crew: Crew,
-    folder: RunFolder,
-    update: ray.ObjectRef,
-    *,
-    good: Version,
-    steps: int,
-    round_index: int,
-) -> Version | None:
-    """Wait for an update and publish what it learned as a candidate; None when it tripped or had nothing to learn."""
-    report, adapter = follow(
-        crew, folder, update, label="learn", total=steps, round=round_index, version=good.version
-    )
-    folder.metric("learned", round=round_index, version=good.version, **report.summary())
-    if report.stopped:
-        folder.event(
-            {"event": report.stopped, "round": round_index, "version": good.version, "reason": report.reason}
-        )
-        return None
-    return publish(crew, folder, adapter, keep=[good.version])
-
-
-def publish(
-    crew: Crew, folder: RunFolder, adapter: AdapterWeights | None, *, keep: Sequence[int] = ()
-) -> Version:
-    """Publish weights under a new version, keep the adapter on disk, and tell the store the hash to expect."""
-    version, content_hash = crew.server.publish(adapter, keep=keep)
-    if adapter is not None:
-        tensors, metadata = adapter_tensors(adapter)
-        save_checkpoint(
-            folder.checkpoints, version_name(version), tensors, {**metadata, "hash": content_hash}
-        )
-    ray.get(crew.store.register_version.remote(version, content_hash))
-    drift = float(f"{crew.server.drift(version):.3g}")
-    folder.metric("published", version=version, hash=content_hash, merge_drift=drift)
-    return Version(version=version, content_hash=content_hash, adapter=adapter)
+    Raises FingerprintError when a run is resumed in another world.
+    """
+    began: Mapping[str, Any] = stack
+    if folder.resumed and (folder.path / "fingerprint.json").is_file():
+        began = read_fingerprint(folder.path)
+        require_same_world(began, stack, what=f"{folder.path} cannot be resumed here")
+    else:
+        folder.write_json("fingerprint.json", stack)
+        if start is not None:
+            began = read_fingerprint(Path(start))
+    if unlike := differences(began, stack):
+        folder.event({"event": "stack_differs", "start": start, "reason": "; ".join(unlike)})
 
 
 def trial(
     crew: Crew,
     folder: RunFolder,
+    origin: Origin,
     part: GuardPart,
     *,
     good: Version,
@@ -259,10 +223,14 @@ def trial(
     # A candidate that makes episodes fault, or takes its actors down, must not pass for the few that it finishes.
     verdict = judge(before.success, dict.fromkeys(cells, False) | tried.success, part)
     kind = "promoted" if verdict.promoted else "rolled_back"
+    if not verdict.promoted:
+        ray.get(
+            crew.store.retire_version.remote(candidate.version)
+        )  # before the event: nobody would do it after
     folder.event({"event": kind, "round": round_index, "version": candidate.version, **verdict.describe()})
     if verdict.promoted:
         return candidate
-    ray.get([crew.learner.restore.remote(good.adapter), crew.store.retire_version.remote(candidate.version)])
+    call_learner(crew, folder, origin, good, "restore", good.adapter)
     return good
 
 
@@ -288,6 +256,6 @@ def serving_stats(crew: Crew, folder: RunFolder) -> dict[str, float]:
     return {"batch_fill": round(decisions / batches, 2), "act_ms": round(1000 * busy / batches, 1)}
 
 
-def cell_of(record: dict[str, Any]) -> Cell:
+def cell_of(record: Mapping[str, Any]) -> Cell:
     """The cell that an episode record is of."""
     return Cell(**{key: record[key] for key in ("suite", "task_id", "init_state", "seed")})

@@ -9,12 +9,17 @@ from preferences.pairing import PairCounts
 from preferences.store import PreferenceStore
 from trajectories.records import PreferencePair, Trajectory
 
+OWNER_ENDS_S = 60.0
+"""How long the store process of a driver, or of a node, that died may take to let go of the folder."""
+
 
 class Store:
-    """The preference store in a process of its own, so that trajectories never pass through the driver."""
+    """The preference store in a process of its own, so that trajectories never pass through the driver.
+
+    Whatever it answered is on disk, and asking twice changes nothing: Ray may restart it and ask again at any time."""
 
     def __init__(self, *, folder: str, preference: PreferencePart, seed: int) -> None:
-        self._store = PreferenceStore(folder)
+        self._store = PreferenceStore(folder, wait_s=OWNER_ENDS_S)
         self._part = preference
         self._seed = seed
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.checks import check_policy
+from actors.checks import check_hash, check_policy
 from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import Crew, check_fits, connect
@@ -20,9 +20,8 @@ from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, published_cells, wilson
-from learners.checkpoint import CheckpointError, load_checkpoint, verify
+from learners.checkpoint import load_checkpoint, verify
 from policies.weights.adapter_files import adapter_from_tensors
-from trajectories.codec import save_trajectory
 from trajectories.journal import read_journal
 from trajectories.records import AdapterWeights, Cell
 
@@ -38,8 +37,6 @@ def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
     assets = resolve_assets(recipe.environment.assets)
     with _crew(recipe, assets, lambda: RunFolder.create(recipe)) as (crew, folder):
         demos = demonstrate(crew, folder, recipe)
-        for demo in demos:
-            save_trajectory(folder.demonstrations / demo.trajectory_id, demo)
         tried = sum(1 for _ in read_journal(folder.path / "episodes.jsonl"))
     return {"folder": str(folder.demonstrations), "kept": len(demos), "tried": tried}
 
@@ -152,18 +149,6 @@ def _cells(recipe: Recipe, manifest: str) -> tuple[Cell, ...]:
         case "published":
             return published_cells(recipe.tasks.suite)
     raise RecipeError(f"manifest must be held-out or published, got {manifest!r}")
-
-
-def check_hash(path: Path, start: Path, version: int, content_hash: str) -> None:
-    """Raise CheckpointError unless these are the weights that the run published under this version: another run may
-    have trained a start of the same name since."""
-    lines = [m for m in read_journal(path / "metrics.jsonl") if m["stage"] == "published"]
-    recorded = [m["hash"] for m in lines if m["version"] == version]
-    if recorded and recorded[-1] != content_hash:
-        raise CheckpointError(
-            f"version {version} of {path} hashes to {content_hash[:12]}, the run published {recorded[-1][:12]}: "
-            f"the start in {start} is not the one it began from; put that one back"
-        )
 
 
 def _differences_from(path: Path, stack: dict[str, Any]) -> list[str]:

@@ -22,10 +22,10 @@ import ray
 import typer
 
 from actors.cells import training_cells
-from actors.pipeline import evaluate
+from actors.learning import Origin, Version, publish
+from actors.pipeline import Loop, evaluate
 from actors.placement import Crew, connect
 from actors.run_folder import RunFolder
-from actors.stages import Version, publish
 from benchmarks.comparison import START, write_table
 from benchmarks.learning import recipe_hash, rows_of
 from configs.loader import RecipeError, load_recipe
@@ -94,7 +94,23 @@ class Round:
         self._start = publish(self._crew, folder, None)
 
     def drive_start(self) -> None:
-        evaluate(self.recipe, self.folder, self._crew, self._start)
+        evaluate(self._loop(self.recipe), self._start)
+
+    def _loop(self, recipe: Recipe) -> Loop:
+        origin = Origin(
+            checkpoint=Path(self._checkpoint),
+            demonstrations=tuple(self._demos),
+            content_hash=self._start.content_hash,
+        )
+        return Loop(
+            recipe=recipe,
+            folder=self.folder,
+            crew=self._crew,
+            origin=origin,
+            start=self._start,
+            good=self._start,
+            first_round=0,
+        )
 
     def learn(self, recipe: Recipe) -> tuple[dict[str, Any], Version | None]:
         """Learn from the round under another recipe; what the update says of itself, and what it gave."""
@@ -107,7 +123,7 @@ class Round:
         if report.stopped:
             return report.summary(), None
         version = publish(self._crew, self.folder, adapter, keep=[0])
-        evaluate(recipe, self.folder, self._crew, version)
+        evaluate(self._loop(recipe), version)
         return report.summary(), version
 
     def dismiss(self) -> None:

@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,25 @@ def newest_valid(folder: str | Path) -> Path | None:
     return None
 
 
+def keep_newest(folder: str | Path, count: int) -> None:
+    """Remove all but the last `count` checkpoints saved under `folder`; damaged ones are left where they are."""
+    saved: list[tuple[int, Path]] = []
+    for path in Path(folder).glob("[!.]*/"):
+        with suppress(CheckpointError):
+            saved.append((_manifest(path)["sequence"], path))
+    for _, path in sorted(saved, reverse=True)[count:]:
+        shutil.rmtree(path)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's metadata, its tensors unread and unverified. Raises CheckpointError when it is altered."""
+    path = Path(path)
+    recorded = _manifest(path)["files"][METADATA]
+    if not (path / METADATA).is_file() or _digest(path / METADATA) != recorded:
+        raise CheckpointError(f"{path / METADATA} is missing or altered; use an earlier checkpoint")
+    return json.loads((path / METADATA).read_text())
+
+
 def verify(path: str | Path) -> None:
     """Raise CheckpointError naming the first file that is missing, truncated or altered."""
     path = Path(path)
@@ -121,6 +141,17 @@ def verify(path: str | Path) -> None:
                 f"{path / file} was altered or truncated: {found['bytes']} bytes of sha256 {found['sha256'][:12]}, "
                 f"expected {recorded['bytes']} of {recorded['sha256'][:12]}; use an earlier checkpoint"
             )
+
+
+def is_intact(path: str | Path) -> bool:
+    """Whether there is a checkpoint that verifies; one that does not is named in a warning."""
+    try:
+        verify(path)
+    except CheckpointError as error:
+        if Path(path).exists():
+            logger.warning("passed over a checkpoint: %s", error)
+        return False
+    return True
 
 
 class CheckpointReader:

@@ -43,11 +43,12 @@ class PreferenceStore:
             for pair in mined.pairs: ...
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, wait_s: float = 0.0) -> None:
         """Open a folder, creating it or recovering what is in it.
 
         Args:
             folder: where the store lives; other files in it are left alone.
+            wait_s: seconds that another process which has it open is given to end.
 
         Raises:
             StoreError: another process has it open, or the folder cannot be written.
@@ -56,7 +57,7 @@ class PreferenceStore:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder / "store.lock")
+            self._lock = FolderLock(self.folder / "store.lock", wait_s=wait_s)
         except FolderLockedError as error:
             raise StoreError(str(error)) from error
         except OSError as error:

@@ -30,8 +30,13 @@ TINY = Path(__file__).parent / "recipes" / "one_task.yaml"
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A whole run of the one-task recipe: demonstrations, supervised start, one round, evaluation, report.
 
-    Other tests take up its start, so that the policy is trained once.
+    Other tests take up its start, so that the policy is trained once. PAIRLOOM_TRAINED_RUN may name such a run from
+    before, for work on one test.
     """
+    if "PAIRLOOM_TRAINED_RUN" in os.environ:
+        yield Path(os.environ["PAIRLOOM_TRAINED_RUN"])
+        ray.shutdown()
+        return
     root = tmp_path_factory.mktemp("runs")
     train(load_recipe(TINY, [f"root={root}"]))
     yield root / "one-task"

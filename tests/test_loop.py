@@ -18,12 +18,12 @@ import pytest
 import ray
 import yaml
 
-from actors.checks import check_start
+from actors.checks import check_hash, check_start
 from actors.pipeline import train
 from actors.placement import connect
 from actors.rollout import RolloutActor
 from actors.run_folder import RunFolder
-from actors.verbs import check_hash, evaluate_run
+from actors.verbs import evaluate_run
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from configs.world import EnvironmentPart

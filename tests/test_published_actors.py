@@ -37,7 +37,7 @@ def cluster() -> None:
 def test_published_weights_are_taken_up_adapted_and_served(cluster: None, tmp_path: Path) -> None:
     part = parts(tmp_path / "published")["pi05"].model_copy(update={"dtype": "bfloat16"})
     policy = make_policy(part, image_size=64, seed=0, device=CPU)
-    monitor = MonitorActor.options(num_cpus=0).remote()
+    monitor = MonitorActor.options(name="monitor-of-published", num_cpus=0).remote()
     learner = LearnerActor.options(num_cpus=0).remote(
         policy=part,
         supervised=SupervisedPart(steps=0),
@@ -48,7 +48,7 @@ def test_published_weights_are_taken_up_adapted_and_served(cluster: None, tmp_pa
         image_size=64,
         seed=0,
         threads=1,
-        monitor=monitor,
+        monitor="monitor-of-published",
     )
     assert ray.get(learner.supervise.remote([], folder=str(tmp_path))) == {}
     reader = CheckpointReader(tmp_path / "start")
