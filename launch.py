@@ -22,6 +22,7 @@ from rich.table import Table
 from actors.checks import recipe_to_resume
 from actors.demonstrations import DemonstrationError
 from actors.learning import LearnerLostError
+from actors.members import FleetLostError
 from actors.parameter_server import ParameterServerError
 from actors.pipeline import train as run_training
 from actors.placement import PlacementError, cause_of
@@ -66,6 +67,7 @@ def one_line_errors() -> Iterator[None]:
         ComparisonError,
         DemonstrationError,
         FingerprintError,
+        FleetLostError,
         FloatingPointError,
         JournalError,
         LearnerLostError,

@@ -17,6 +17,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.members import Make, Member, Members
+from actors.nodes import NodeWatch
+from envs.domain import RendererError
 from trajectories.records import Cell
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ Launch = Callable[[Any, Cell], list[ray.ObjectRef]]
 @dataclass(slots=True)
 class _Running:
     cell: Cell
-    actor: int
+    member: Member
     trajectory: ray.ObjectRef
     incarnation: int
     """How often the actor had died when the cell was sent to it."""
@@ -50,120 +53,123 @@ class Fleet:
         slots: int,
         timeout_s: float,
         on_event: Callable[[dict[str, Any]], None],
+        make: Make | None = None,
+        most: int | None = None,
+        nodes: NodeWatch | None = None,
     ) -> None:
-        self.actors = list(actors)
+        """`actors` have started; with `make` there may be up to `most`, while there are cells for them."""
+        self.members = Members(actors, slots=slots, on_event=on_event, make=make, most=most, nodes=nodes)
         self._slots = slots
         self._timeout_s = timeout_s
         self._on_event = on_event
-        self._away: dict[int, ray.ObjectRef] = {}
-        """Actors that died -> what answers when they are back."""
-        self._deaths = [0] * len(self.actors)
-        self._killed: dict[int, str] = {}
-        """Actors this fleet ended -> why."""
 
     def run(self, cells: Sequence[Cell], launch: Launch) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
         """Run every cell once. Yields (episode record, ref of the trajectory).
 
         A cell whose actor dies or hangs is run again alone from its initial state, until MAX_ATTEMPTS actors have died
-        under it alone. Every cell ends in exactly one yield or one `quarantined` event.
+        under it alone; one whose actor cannot draw is run again by any. Every cell ends in exactly one yield or one
+        `quarantined` event. Raises FleetLostError when no actor can draw.
         """
         pending = deque(cells)
         suspects: deque[Cell] = deque()
         attempts: dict[Cell, int] = {}
         running: dict[ray.ObjectRef, _Running] = {}
-        wanted: list[tuple[str, int] | None] = [None] * len(self.actors)
         try:
             while pending or suspects or running:
-                self._greet()
-                self._assign(pending, running, wanted, launch)
+                self.members.scale(len(pending) + len(suspects) + len(running))
+                self.tend({run.member.index for run in running.values()})
+                self._assign(pending, running, launch)
                 if not pending:
                     self._assign_alone(suspects, running, launch)
                 if not running:
-                    time.sleep(0.5)  # every actor is restarting
+                    time.sleep(0.5)  # every actor is starting
                     continue
                 done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
                 for ref in done:
                     run = running.pop(ref)
-                    wanted[run.actor] = (run.cell.suite, run.cell.task_id)
-                    try:
-                        record = ray.get(ref)
-                    except RayActorError as error:
-                        if isinstance(
-                            error, RayTaskError
-                        ):  # somebody else died, while this actor waited for it
-                            raise
-                        self._note_death(run, reason=type(error).__name__)
-                        self._requeue(run, suspects, attempts, reason=type(error).__name__)
-                        continue
-                    yield record, run.trajectory
+                    record = self._record_of(ref, run, pending, suspects, attempts)
+                    if record is not None:
+                        yield record, run.trajectory
                 self._replace_hung(running)
         finally:
             for ref in running:
                 ray.cancel(ref)
 
-    def _assign(
+    def tend(self, busy: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        """Take up actors that are there, note nodes that come and go, and let go of those not needed any more."""
+        self.members.greet()
+        self.members.watch(busy)
+        self.members.release(busy)
+
+    def _record_of(
         self,
+        ref: ray.ObjectRef,
+        run: _Running,
         pending: deque[Cell],
-        running: dict[ray.ObjectRef, _Running],
-        wanted: list[tuple[str, int] | None],
-        launch: Launch,
-    ) -> None:
+        suspects: deque[Cell],
+        attempts: dict[Cell, int],
+    ) -> dict[str, Any] | None:
+        """What came back of a cell; None when it has to be run again."""
+        member = run.member
+        member.wanted = (run.cell.suite, run.cell.task_id)
+        member.idle_since = time.monotonic()
+        try:
+            record = ray.get(ref)
+        except RayActorError as error:
+            if isinstance(error, RayTaskError):  # somebody else died, while this actor waited for it
+                raise
+            self.members.note_death(member, run.incarnation, reason=type(error).__name__)
+            self._requeue(run, suspects, attempts, reason=type(error).__name__)
+            return None
+        except RendererError as error:
+            reason = str(getattr(error, "cause", error))
+            self._on_event(
+                {"event": "requeued", "cell": run.cell.key, "actor": member.index, "reason": reason}
+            )
+            pending.append(run.cell)
+            self.members.strike(member, reason)
+            return None
+        member.strikes = 0
+        return record
+
+    def _assign(self, pending: deque[Cell], running: dict[ray.ObjectRef, _Running], launch: Launch) -> None:
         """Fill free slots, the emptiest actor first; a freed simulator gets another cell of its own task if any."""
-        loads = [self._slots if actor in self._away else 0 for actor in range(len(self.actors))]
+        loads = {member.index: 0 for member in self.members.ready()}
         for run in running.values():
-            loads[run.actor] += 1
-        while pending and min(loads) < self._slots:
-            actor = loads.index(min(loads))
-            cell = next((c for c in pending if (c.suite, c.task_id) == wanted[actor]), pending[0])
-            wanted[actor] = None
+            if run.member.index in loads:
+                loads[run.member.index] += 1
+        by_index = {member.index: member for member in self.members}
+        while pending and loads and min(loads.values()) < self._slots:
+            index = min(loads, key=lambda i: loads[i])
+            member = by_index[index]
+            cell = next((c for c in pending if (c.suite, c.task_id) == member.wanted), pending[0])
+            member.wanted = None
             pending.remove(cell)
             for run in running.values():
-                run.shared = run.shared or run.actor == actor
-            self._start(cell, actor, running, launch, shared=loads[actor] > 0)
-            loads[actor] += 1
+                run.shared = run.shared or run.member is member
+            self._start(cell, member, running, launch, shared=loads[index] > 0)
+            loads[index] += 1
 
     def _assign_alone(
         self, suspects: deque[Cell], running: dict[ray.ObjectRef, _Running], launch: Launch
     ) -> None:
         """Give each idle actor one suspect. Nothing else is pending then, so it stays alone there."""
-        busy = {run.actor for run in running.values()} | self._away.keys()
-        for actor in range(len(self.actors)):
-            if suspects and actor not in busy:
-                self._start(suspects.popleft(), actor, running, launch, shared=False)
+        busy = {run.member.index for run in running.values()}
+        for member in self.members.ready():
+            if suspects and member.index not in busy:
+                self._start(suspects.popleft(), member, running, launch, shared=False)
 
     def _start(
         self,
         cell: Cell,
-        actor: int,
+        member: Member,
         running: dict[ray.ObjectRef, _Running],
         launch: Launch,
         *,
         shared: bool,
     ) -> None:
-        record, trajectory = launch(self.actors[actor], cell)
-        running[record] = _Running(cell, actor, trajectory, self._deaths[actor], shared)
-
-    def _greet(self) -> None:
-        """Take back the actors that have restarted: a cell sent to one that is still away would be lost on it."""
-        for actor, ready in list(self._away.items()):
-            if not ray.wait([ready], timeout=0)[0]:
-                continue
-            try:
-                ray.get(ready)
-            except RayActorError:
-                self._away[actor] = self.actors[actor].__ray_ready__.remote()
-            else:
-                del self._away[actor]
-
-    def _note_death(self, run: _Running, *, reason: str) -> None:
-        """Record the death of an actor once, however many cells it takes along and however late they are heard of: the
-        first of them may find the actor already back."""
-        if run.incarnation < self._deaths[run.actor]:
-            return
-        self._deaths[run.actor] += 1
-        self._away[run.actor] = self.actors[run.actor].__ray_ready__.remote()
-        why = self._killed.pop(run.actor, f"its process died ({reason})")
-        self._on_event({"event": "actor_restarted", "actor": run.actor, "reason": why})
+        record, trajectory = launch(member.actor, cell)
+        running[record] = _Running(cell, member, trajectory, member.deaths, shared)
 
     def _requeue(
         self, run: _Running, suspects: deque[Cell], attempts: dict[Cell, int], *, reason: str
@@ -171,7 +177,7 @@ class Fleet:
         attempts[run.cell] = attempts.get(run.cell, 0) + (not run.shared)
         event = {
             "cell": run.cell.key,
-            "actor": run.actor,
+            "actor": run.member.index,
             "reason": reason,
             "attempt": attempts[run.cell],
         }
@@ -184,10 +190,10 @@ class Fleet:
     def _replace_hung(self, running: dict[ray.ObjectRef, _Running]) -> None:
         """Restart actors that sit on an episode for too long; their episodes then fail and are queued again."""
         now = time.monotonic()
-        hung = {run.actor for run in running.values() if now - run.started > self._timeout_s}
-        for actor in hung:
-            self._killed[actor] = f"an episode took longer than {self._timeout_s:.0f} s"
+        for member in {
+            id(r.member): r.member for r in running.values() if now - r.started > self._timeout_s
+        }.values():
             for run in running.values():
-                if run.actor == actor:
+                if run.member is member:
                     run.started = now
-            ray.kill(self.actors[actor], no_restart=False)
+            self.members.kill(member, f"an episode took longer than {self._timeout_s:.0f} s")

@@ -134,7 +134,7 @@ def overlapped(loop: Loop) -> Version:
 def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAssets) -> Loop:
     """Start the actors, train (or take up) the start, publish it as version 0, and find where the schedule begins."""
     crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
-    crew.start_fleet(recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event)
+    crew.start_fleet(recipe, assets=assets, on_event=folder.event)
     stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
     record_stack(folder, stack, start=recipe.start)
     crew.start_learner(recipe)

@@ -16,13 +16,13 @@ from ray.exceptions import RayTaskError
 from actors.fleet import Fleet
 from actors.learner import LearnerActor
 from actors.monitor import MonitorActor
+from actors.nodes import NodeWatch
 from actors.parameter_server import ParameterServer
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from actors.store import StoreActor
 from configs.policy import PolicyPart
 from configs.schema import LearnerPart, PreferencePart, Recipe, RolloutPart, ServingPart
-from configs.world import EnvironmentPart
 from envs.assets import ResolvedAssets
 from policies.decoding.vllm_build import check_build, installed_builds
 from policies.published import located
@@ -84,9 +84,9 @@ class Ask:
 
 
 def rollout_ask(part: RolloutPart) -> Ask:
-    """What the rollout actors ask for."""
-    fields = "rollouts.actors or rollouts.cpus_per_actor"
-    return Ask(what="rollout actor", count=part.actors, cpus=part.cpus_per_actor, fields=fields)
+    """What the rollout actors that a run begins with ask for."""
+    fields = "rollouts.actors, rollouts.least_actors or rollouts.cpus_per_actor"
+    return Ask(what="rollout actor", count=part.kept, cpus=part.cpus_per_actor, fields=fields)
 
 
 def serving_ask(part: ServingPart) -> Ask:
@@ -193,28 +193,40 @@ class Crew:
             name=self._monitor_name, num_cpus=0, max_restarts=-1, max_task_retries=-1
         ).remote()
         self.policies: list[Any] = []
+        self.fleet = Fleet([], slots=1, timeout_s=0.0, on_event=lambda event: None)
+        self.nodes: NodeWatch | None = None
         self._others: list[Any] = [self.monitor]
 
     def start_fleet(
         self,
-        part: RolloutPart,
+        recipe: Recipe,
         *,
-        environment: EnvironmentPart,
         assets: ResolvedAssets,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Start the rollout actors."""
-        actors = [
-            RolloutActor.options(
-                num_cpus=part.cpus_per_actor, max_restarts=-1, max_concurrency=part.envs_per_actor
-            ).remote(environment=environment, assets=assets, num_envs=part.envs_per_actor)
-            for _ in range(part.actors)
-        ]
-        self._others += actors
-        wait_until_placed(actors, rollout_ask(part))
+        """Start the rollout actors that the run keeps; the fleet starts others while there is work for them."""
+        part, environment = recipe.rollouts, recipe.environment
+
+        def make(renderer: str | None) -> Any:
+            drawn = environment if renderer is None else environment.model_copy(update={"renderer": renderer})
+            return RolloutActor.options(
+                num_cpus=part.cpus_per_actor, max_restarts=-1, max_concurrency=part.envs_per_actor + 1
+            ).remote(
+                environment=drawn, assets=assets, num_envs=part.envs_per_actor, deadlines=recipe.deadlines
+            )
+
+        actors = [make(None) for _ in range(part.kept)]
+        self.nodes = NodeWatch(on_event)
         self.fleet = Fleet(
-            actors, slots=part.envs_per_actor, timeout_s=part.episode_timeout_s, on_event=on_event
+            actors,
+            slots=part.envs_per_actor,
+            timeout_s=part.episode_timeout_s,
+            on_event=on_event,
+            make=make,
+            most=part.actors,
+            nodes=self.nodes,
         )
+        wait_until_placed(actors, rollout_ask(part))
 
     def start_learner(self, recipe: Recipe) -> None:
         """Start the learner actor."""
@@ -263,18 +275,27 @@ class Crew:
                 num_gpus=part.gpus_per_actor,
                 max_restarts=-1,
                 max_concurrency=1000,
-            ).remote(policy=located(policy), serving=part, image_size=image_size, shards=self.server.names)
-            for _ in range(part.actors)
+            ).remote(
+                policy=located(policy),
+                serving=part,
+                image_size=image_size,
+                shards=self.server.names,
+                index=index,
+                monitor=self._monitor_name,
+            )
+            for index in range(part.actors)
         ]
         self._others += [*self.server.shards, *self.policies]
         wait_until_placed(self.policies, serving_ask(part))
 
     def tend(self) -> None:
         """What is due now and then while the driver waits for something else."""
+        self.fleet.tend()
 
     def dismiss(self) -> None:
         """End every actor of this run."""
-        for actor in self._others:
+        fleet = [member.actor for member in self.fleet.members]
+        for actor in [*self._others, *fleet]:
             ray.kill(actor)
 
 

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import torch
@@ -53,15 +54,26 @@ class PolicyServer:
     `max_wait_ms` for others to join it; while a batch is being answered, the next ones wait for that."""
 
     def __init__(
-        self, *, policy: PolicyPart, serving: ServingPart, image_size: int, shards: Sequence[str]
+        self,
+        *,
+        policy: PolicyPart,
+        serving: ServingPart,
+        image_size: int,
+        shards: Sequence[str],
+        index: int = 0,
+        monitor: str | None = None,
     ) -> None:
+        """`shards` are the names of the parameter shards to pull from; `monitor` that of the actor to tell of it."""
         torch.set_num_threads(serving.threads)
         self._part = policy
         self._serving = serving
         self._image_size = image_size
         self._shards = list(shards)
+        self._index = index
+        self._monitor = ray.get_actor(monitor) if monitor is not None else None
         self._engine: Engine | None = None
         """What the held versions share, where that is not torch."""
+        self._latest: tuple[int, str] | None = None
         self._held: OrderedDict[int, tuple[Policy, str]] = OrderedDict()
         self._queue: asyncio.Queue[_Request] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -92,6 +104,21 @@ class PolicyServer:
         }
         self._batches, self._decisions, self._busy_s, self._restarted = 0, 0, 0.0, False
         return stats
+
+    async def serving(self) -> dict[str, Any]:
+        """The version and hash of the weights that the last batch was answered with, how full batches are and how long
+        one takes, ms; empty before the first."""
+        if self._latest is None:
+            return {}
+        version, content_hash = self._latest
+        fill = self._decisions / max(self._batches, 1)
+        ms = 1000 * self._busy_s / max(self._batches, 1)
+        return {
+            "version": version,
+            "hash": content_hash,
+            "batch_fill": round(fill, 2),
+            "act_ms": round(ms, 1),
+        }
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -140,6 +167,7 @@ class PolicyServer:
         self._busy_s += time.monotonic() - started
         self._batches += 1
         self._decisions += len(batch)
+        self._latest = batch[0].version, content_hash
         return [(sample, content_hash) for sample in samples]
 
     def _hold(self, version: int) -> tuple[Policy, str]:
@@ -161,6 +189,10 @@ class PolicyServer:
                 f"version {version} loads as {content_hash[:12]}, published as {snapshot.content_hash[:12]}"
             )
         self._held[version] = (policy, content_hash)
+        if self._monitor is not None:
+            # Before the first answer with it: a restarted actor says what it serves before it acts.
+            said = {"event": "serving", "actor": self._index, "version": version, "hash": content_hash}
+            ray.get(self._monitor.tell.remote(said))
         return policy, content_hash
 
     def _make(self) -> Policy:

@@ -12,19 +12,23 @@ import gc
 import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from configs.schema import DeadlinePart
 from configs.world import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets
+from envs.deadlines import Deadlines
 from envs.demonstrations import demonstrate
 from envs.fingerprint import first_frame_hash
-from envs.libero import InvalidActionError, LiberoEnv, SimulatorFaultError, to_observation
+from envs.libero import InvalidActionError, LiberoEnv, SimulatorFaultError, Within, to_observation
 from trajectories.codec import episode_record
 from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
 
@@ -47,9 +51,12 @@ class EpisodeFault(RuntimeError):  # noqa: N818  (the field's word for it)
 class SimulatorPool:
     """At most `capacity` simulators, kept by task: building one takes seconds, resetting one a tenth."""
 
-    def __init__(self, *, capacity: int, environment: EnvironmentPart, assets: ResolvedAssets) -> None:
+    def __init__(
+        self, *, capacity: int, environment: EnvironmentPart, assets: ResolvedAssets, within: Within
+    ) -> None:
         self._environment = environment
         self._assets = assets
+        self._within = within
         self._free = asyncio.Semaphore(capacity)
         self._capacity = capacity
         self._idle: list[LiberoEnv] = []
@@ -68,7 +75,13 @@ class SimulatorPool:
         # keep hundreds of megabytes for a while.
         gc.collect()
         try:
-            env = LiberoEnv(suite=suite, task_id=task_id, environment=self._environment, assets=self._assets)
+            env = LiberoEnv(
+                suite=suite,
+                task_id=task_id,
+                environment=self._environment,
+                assets=self._assets,
+                within=self._within,
+            )
         except Exception:
             self._free.release()
             raise
@@ -87,9 +100,27 @@ class SimulatorPool:
 class Rollouts:
     """Runs episodes against policy actors, and scripted demonstrations."""
 
-    def __init__(self, *, environment: EnvironmentPart, assets: ResolvedAssets, num_envs: int) -> None:
-        self._pool = SimulatorPool(capacity=num_envs, environment=environment, assets=assets)
+    def __init__(
+        self,
+        *,
+        environment: EnvironmentPart,
+        assets: ResolvedAssets,
+        num_envs: int,
+        deadlines: DeadlinePart | None = None,
+    ) -> None:
+        part = deadlines or DeadlinePart()
+        self._deadlines = Deadlines(
+            Path(tempfile.gettempdir()) / f"pairloom-{ray.get_runtime_context().get_actor_id()}.last-words",
+            {"reset": part.reset_s, "step": part.step_s, "render": part.render_s},
+        )
+        self._pool = SimulatorPool(
+            capacity=num_envs, environment=environment, assets=assets, within=self._deadlines
+        )
         self._asked = 0
+
+    async def introduce(self) -> dict[str, str]:
+        """The node that this actor is on, and what the process that it replaces was doing when it died."""
+        return {"node": ray.get_runtime_context().get_node_id(), "last_words": self._deadlines.last_words}
 
     async def rollout(
         self, cell: Cell, *, policies: Sequence[Any], version: int, temperature: float

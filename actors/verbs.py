@@ -182,9 +182,7 @@ def _crew(
     folder = make_folder()
     crew = Crew()
     try:
-        crew.start_fleet(
-            recipe.rollouts, environment=recipe.environment, assets=assets, on_event=folder.event
-        )
+        crew.start_fleet(recipe, assets=assets, on_event=folder.event)
         yield crew, folder
     finally:
         crew.dismiss()

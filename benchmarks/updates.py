@@ -78,8 +78,7 @@ class Round:
         self._crew = Crew()
         self._crew.start_store(str(folder.path), preference=recipe.preference, seed=recipe.seed)
         self._crew.start_fleet(
-            recipe.rollouts,
-            environment=recipe.environment,
+            recipe,
             assets=resolve_assets(recipe.environment.assets),
             on_event=folder.event,
         )

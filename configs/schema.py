@@ -102,6 +102,14 @@ class GuardPart(Part):
     )
 
 
+class DeadlinePart(Part):
+    """Longest that a call into a simulator may take before its process is ended and its episodes are run again."""
+
+    reset_s: float = Field(300.0, gt=0, description="seconds for building or resetting a simulator")
+    step_s: float = Field(60.0, gt=0, description="seconds for the control steps of one chunk")
+    render_s: float = Field(60.0, gt=0, description="seconds for drawing one observation")
+
+
 class RolloutPart(Part):
     """The rollout fleet."""
 
@@ -110,7 +118,25 @@ class RolloutPart(Part):
     samples_per_state: int = Field(
         4, ge=2, description="episodes from each initial state (a group that can pair)"
     )
-    actors: int = Field(2, ge=1, description="rollout actors (one process each)")
+    actors: int = Field(2, ge=1, description="rollout actors (one process each), at most")
+    least_actors: int | None = Field(
+        None,
+        ge=1,
+        description="rollout actors that a run begins with and keeps; more are asked for, of Ray's autoscaler, while "
+        "there are episodes for them; none: all of `actors`, always",
+    )
+
+    @property
+    def kept(self) -> int:
+        """Rollout actors that a run begins with."""
+        return self.actors if self.least_actors is None else self.least_actors
+
+    @model_validator(mode="after")
+    def _least_is_no_more_than_most(self) -> RolloutPart:
+        if self.kept > self.actors:
+            raise ValueError(f"least_actors={self.least_actors} is more than actors={self.actors}; lower it")
+        return self
+
     envs_per_actor: int = Field(
         4, ge=1, description="simulators per rollout actor, stepped while others wait"
     )
@@ -191,6 +217,7 @@ class Recipe(Part):
     preference: PreferencePart = PreferencePart()
     guard: GuardPart = GuardPart()
     rollouts: RolloutPart = RolloutPart()
+    deadlines: DeadlinePart = DeadlinePart()
     serving: ServingPart = ServingPart()
     learner: LearnerPart = LearnerPart()
     evaluation: EvaluationPart = EvaluationPart()

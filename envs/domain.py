@@ -20,6 +20,10 @@ class SimulatorFaultError(RuntimeError):
     """The physics diverged, or the objects find no place; the episode is lost and the environment must be reset."""
 
 
+class RendererError(RuntimeError):
+    """The renderer gave no picture, through no fault of the episode's; the message names it."""
+
+
 def build_domain(task: Task) -> Any:
     """LIBERO's BDDLBaseDomain for `task`, without cameras. `prepare_libero` must have been called."""
     import libero.libero.envs.bddl_utils as bddl_utils  # only importable once prepared

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import gymnasium
@@ -13,6 +15,13 @@ from envs.domain import SimulatorFaultError, SoftReset, build_domain
 from envs.libero_setup import prepare_libero
 from envs.tasks import Task, init_states, load_task
 from trajectories.records import ACTION_DIM, PROPRIO_DIM, Observation
+
+Within = Callable[[str], AbstractContextManager[None]]
+
+
+def _unlimited(call: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 HOLD = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 """The settling action: no motion, gripper open."""
@@ -53,6 +62,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         task_id: int,
         environment: EnvironmentPart,
         assets: ResolvedAssets | None = None,
+        within: Within = _unlimited,
     ) -> None:
         """Build the simulator (seconds).
 
@@ -60,16 +70,24 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             suite, task_id: which task.
             environment: image size, geometry, settling, step limit, renderer.
             assets: resolved asset folder; none: resolve `environment.assets`.
+            within: what each call into the simulator is made within, by its kind: `reset` (building it too), `step` (of
+                a chunk) or `render`; see `envs.deadlines`.
 
         Raises:
             ValueError: unknown suite or task_id out of range.
             FileNotFoundError: no such asset folder.
+            RendererError: there is nothing to draw with.
         """
         self.task: Task = load_task(suite, task_id)
         self.instruction = self.task.instruction
         self.max_steps = environment.max_steps or self.task.max_steps
         self.assets = assets or resolve_assets(environment.assets)
         self._environment = environment
+        self._within = within
+        with within("reset"):
+            self._build(environment)
+
+    def _build(self, environment: EnvironmentPart) -> None:
         self._init_states = init_states(self.task)
         prepare_libero(self.assets, renderer=environment.renderer)
         # mujoco and robosuite read their settings from the process environment when first imported.
@@ -111,13 +129,14 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         """
         super().reset(seed=seed)
         index = self._checked_init_state(options or {})
-        self._soft_reset(
-            seed if seed is not None else int(self.np_random.integers(2**31)), self._init_states[index]
-        )
-        self._control.restart()
-        self._keep_observation()
-        for _ in range(self._environment.settle_steps):
-            self._advance(HOLD)
+        with self._within("reset"):
+            self._soft_reset(
+                seed if seed is not None else int(self.np_random.integers(2**31)), self._init_states[index]
+            )
+            self._control.restart()
+            self._keep_observation()
+            for _ in range(self._environment.settle_steps):
+                self._advance(HOLD)
         self._steps, self._done = 0, False
         return self.observe(), {"init_state": index}
 
@@ -145,6 +164,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             InvalidActionError: before the simulator is touched.
             RuntimeError: the episode is over, or was never reset.
             SimulatorFaultError: the physics diverged.
+            RendererError: the renderer gave no picture.
         """
         success, truncated, executed = self.advance(actions)
         info = {"executed": executed, "success": success}
@@ -159,12 +179,13 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         if self._done:
             raise RuntimeError("the episode is over (or was never reset): call reset() before step()")
         success, executed = False, 0
-        for action in actions:
-            success = self._advance(action)
-            executed += 1
-            self._steps += 1
-            if success or self._steps >= self.max_steps:
-                break
+        with self._within("step"):
+            for action in actions:
+                success = self._advance(action)
+                executed += 1
+                self._steps += 1
+                if success or self._steps >= self.max_steps:
+                    break
         truncated = not success and self._steps >= self.max_steps
         self._done = success or truncated
         return success, truncated, executed
@@ -203,7 +224,8 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     def observe(self, *, depth: bool = False) -> dict[str, np.ndarray]:
         """Draw the observation of the last control step (or of the reset); with `depth`, also float32 [S, S], metres
         along the agentview camera's axis."""
-        agentview, wrist, *depths = self._renderer.render(depth_of="agentview" if depth else None)
+        with self._within("render"):
+            agentview, wrist, *depths = self._renderer.render(depth_of="agentview" if depth else None)
         position, quaternion, fingers = (kept for kept, _ in self._proprio)
         proprio = np.concatenate((position, axis_angle(quaternion), fingers))
         seen = {"agentview": agentview, "wrist": wrist, "proprio": proprio.astype(np.float32)}

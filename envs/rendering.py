@@ -7,11 +7,14 @@ whatever is wholly outside a camera's view is left out before drawing. No pixel 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import mujoco
 import numpy as np
+
+from envs.domain import RendererError
 
 Geometry = Literal["visual", "collision"]
 
@@ -40,6 +43,9 @@ class CameraRenderer:
             size: S.
             geometry: "visual" draws what LIBERO draws; "collision" draws the collision shapes, painted in the
                 main colours of the visual ones, without mirror images or anti-aliasing.
+
+        Raises:
+            RendererError: the GL backend gives no context.
         """
         self._model, self._data, self._size = model, data, size
         self._groups = model.geom_group.copy()
@@ -50,10 +56,11 @@ class CameraRenderer:
         if geometry == "collision":
             self._drawn = paint_collision_geometry(model)
             model.vis.quality.offsamples = 0
-        self._gl: Any = _gl_context(size)
-        self._gl.make_current()
-        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        with _drawing():
+            self._gl: Any = _gl_context(size)
+            self._gl.make_current()
+            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + model.nsite + 64)
         if geometry == "collision":
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
@@ -72,7 +79,11 @@ class CameraRenderer:
 
     def render(self, *, depth_of: str | None = None) -> list[np.ndarray]:
         """Draw the last kept moment from each of `CAMERAS`: uint8 [S, S, 3], RGB, row 0 at the top; and, last, how far
-        what the camera `depth_of` sees lies along its axis: float32 [S, S], metres."""
+        what the camera `depth_of` sees lies along its axis: float32 [S, S], metres. Raises RendererError."""
+        with _drawing():
+            return self._render(depth_of)
+
+    def _render(self, depth_of: str | None) -> list[np.ndarray]:
         self._gl.make_current()
         images = []
         depth = None
@@ -112,6 +123,16 @@ class CameraRenderer:
             self._context.free()
             self._gl.free()
             self._gl = None
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Whatever goes wrong here is the renderer's doing: drivers raise many kinds of errors, none of them their own."""
+    try:
+        yield
+    except Exception as error:
+        backend = os.environ["MUJOCO_GL"]
+        raise RendererError(f"{backend}: {type(error).__name__}: {error}") from error
 
 
 def _gl_context(size: int) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ def test_a_simulator_that_is_replaced_is_gone_before_the_next_is_built() -> None
     environment = EnvironmentPart(image_size=SIDE, geometry="collision")
 
     async def replace() -> None:
-        pool = SimulatorPool(capacity=1, environment=environment, assets=assets)
+        pool = SimulatorPool(capacity=1, environment=environment, assets=assets, within=nullcontext)
         first = await pool.take(*OBJECT_TASK)
         first.reset(seed=0, options={"init_state": 0})
         domain = weakref.ref(first.domain)

@@ -32,6 +32,8 @@ CHANGES = [
     "guard.chosen_drop=1000",
     "preference.steps=30",
     "rollouts.rounds=2",
+    # The answers to a batch depend in their last bits on who else is in it.
+    "serving.max_batch=1",
     "learner.threads=1",
     "rollouts.init_states_per_round=2",
 ]
@@ -81,7 +83,6 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_like_one_that_was_not
     clean, run = tmp_path / "clean", tmp_path / "killed"
 
     kill_when(start_driver(str(TINY), *changes, "name=killed"), lambda: count(run, "rollout") >= 3)
-    kill_when(start_driver("--resume", str(run)), lambda: (run / "learner" / "r0000").exists())
     kill_when(start_driver("--resume", str(run)), lambda: count(run, "canary") >= 3)
     last = start_driver("--resume", str(run))
     printed, _ = last.communicate(timeout=300)
@@ -100,7 +101,7 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_like_one_that_was_not
     )
     assert next(timeless) == next(timeless)
     resumed = [e for e in read_journal(run / "events.jsonl") if e["event"] == "resumed"]
-    assert [e["next_round"] for e in resumed] == [0, 0, 0]
+    assert [e["next_round"] for e in resumed] == [0, 0]
 
 
 @pytest.fixture

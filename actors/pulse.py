@@ -1,0 +1,59 @@
+"""The pulse of a sweep: every few seconds, one line on how fast it goes, who is there and which weights each serves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.placement import Crew
+from actors.run_folder import RunFolder
+
+BEAT_S = 5.0
+
+
+class Pulse:
+    """Counts what a sweep has done since the last beat, and puts it on record as a metric of the stage `fleet`."""
+
+    def __init__(self, crew: Crew, folder: RunFolder, *, version: int, newest: int) -> None:
+        """`version`: what the sweep is driven with; `newest`: the last version published."""
+        self._crew, self._folder, self._staleness = crew, folder, newest - version
+        self._last = time.monotonic()
+        self._steps = self._episodes = 0
+        self._asked: list[ray.ObjectRef] = []
+
+    def count(self, env_steps: int) -> None:
+        """One episode more."""
+        self._steps += env_steps
+        self._episodes += 1
+
+    def beat(self) -> None:
+        """Say how it goes if it is time to."""
+        passed = time.monotonic() - self._last
+        if passed < BEAT_S:
+            return
+        status = self._crew.fleet.members.status()
+        self._folder.metric(
+            "fleet",
+            env_steps_per_s=round(self._steps / passed, 1),
+            episodes_per_s=round(self._episodes / passed, 3),
+            rollout_actors=status,
+            policy_actors=self._serving(),
+            nodes=self._crew.nodes.status() if self._crew.nodes is not None else [],
+            pending={"rollout actor": status["away"]} if status["away"] else {},
+            staleness=self._staleness,
+        )
+        self._last, self._steps, self._episodes = time.monotonic(), 0, 0
+
+    def _serving(self) -> list[dict[str, Any]]:
+        """What the policy actors answered to the last beat's question: nobody waits for one that is restarting."""
+        said = []
+        for ref in self._asked:
+            try:
+                said += [ray.get(ref, timeout=0)]
+            except RayError:
+                continue
+        self._asked = [policy.serving.remote() for policy in self._crew.policies]
+        return [{"actor": actor, **answer} for actor, answer in enumerate(said) if answer]
