@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.placement import Crew
+from actors.crew import Crew
 from actors.run_folder import RunFolder, progress_bar
 from actors.stages import cell_of
 from configs.schema import Recipe

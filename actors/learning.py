@@ -15,9 +15,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.crew import Crew
 from actors.learner import state_name
 from actors.parameter_server import version_name
-from actors.placement import Crew
 from actors.run_folder import RunFolder, progress_bar
 from learners.checkpoint import CheckpointError, load_checkpoint, newest_valid, read_metadata, save_checkpoint
 from learners.report import UpdateReport

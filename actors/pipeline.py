@@ -29,6 +29,7 @@ import ray
 
 from actors.cells import training_cells
 from actors.checks import check_hash, check_policy, check_start
+from actors.crew import Crew
 from actors.demonstrations import demonstrate
 from actors.learning import (
     Origin,
@@ -41,7 +42,7 @@ from actors.learning import (
     supervise,
     take_up,
 )
-from actors.placement import Crew, check_fits, connect
+from actors.placement import check_fits, connect
 from actors.run_folder import RunFolder, report_early_end
 from actors.stages import Outcomes, drive, record_stack, take_fingerprint, take_recorded, trial
 from configs.loader import load_recipe

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.placement import Crew
+from actors.crew import Crew
 from actors.run_folder import RunFolder
 
 BEAT_S = 5.0
@@ -17,23 +17,25 @@ BEAT_S = 5.0
 class Pulse:
     """Counts what a sweep has done since the last beat, and puts it on record as a metric of the stage `fleet`."""
 
-    def __init__(self, crew: Crew, folder: RunFolder, *, version: int, newest: int) -> None:
-        """`version`: what the sweep is driven with; `newest`: the last version published."""
-        self._crew, self._folder, self._staleness = crew, folder, newest - version
+    def __init__(self, crew: Crew, folder: RunFolder, version: int) -> None:
+        """`version`: what the sweep is driven with."""
+        self._crew, self._folder = crew, folder
+        self._staleness = max(folder.published(), default=version) - version
         self._last = time.monotonic()
         self._steps = self._episodes = 0
         self._asked: list[ray.ObjectRef] = []
 
     def count(self, env_steps: int) -> None:
-        """One episode more."""
+        """One episode more; says how it goes, and what other actors had to tell, if it is time to."""
         self._steps += env_steps
         self._episodes += 1
-
-    def beat(self) -> None:
-        """Say how it goes if it is time to."""
         passed = time.monotonic() - self._last
-        if passed < BEAT_S:
-            return
+        if passed >= BEAT_S:
+            self._beat(passed)
+
+    def _beat(self, passed: float) -> None:
+        for event in ray.get(self._crew.monitor.pop_events.remote()):
+            self._folder.event(event)
         status = self._crew.fleet.members.status()
         self._folder.metric(
             "fleet",

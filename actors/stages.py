@@ -13,8 +13,8 @@ import ray
 
 from actors.canary import judge
 from actors.cells import canary_cells
+from actors.crew import Crew
 from actors.learning import Origin, Version, call_learner
-from actors.placement import Crew
 from actors.pulse import Pulse
 from actors.run_folder import RunFolder, progress_bar
 from configs.schema import GuardPart
@@ -87,7 +87,7 @@ def drive(
 
     with progress_bar(f"{phase} v{version}", len(cells)) as bar:
         bar.update(len(cells) - len(missing))
-        pulse = Pulse(crew, folder, version=version, newest=max(folder.published(), default=version))
+        pulse = Pulse(crew, folder, version)
         for record, trajectory in crew.fleet.run(missing, launch):
             if (
                 keep and record["policy_hash"]
@@ -96,12 +96,10 @@ def drive(
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
             out.enter(record)
-            pulse.count(record["env_steps"])
             if record["outcome"] == "fault":
                 folder.event({"event": "quarantined", "cell": cell_of(record).key, "reason": record["fault"]})
             bar.advance(f"success {100 * out.rate:.0f} %")
-            pulse.beat()
-            record_told(crew, folder)
+            pulse.count(record["env_steps"])
     out.wall_s = time.monotonic() - started
     folder.metric(
         phase,
@@ -173,12 +171,6 @@ def take_fingerprint(
         first_frames={frame["task"]: frame["hash"] for frame in frames},
         renderer=", ".join(sorted({frame["renderer"] for frame in frames})),
     )
-
-
-def record_told(crew: Crew, folder: RunFolder) -> None:
-    """Put on record what other actors had to tell."""
-    for event in ray.get(crew.monitor.pop_events.remote()):
-        folder.event(event)
 
 
 def record_stack(folder: RunFolder, stack: dict[str, Any], *, start: str | None) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.checks import check_hash, check_policy
+from actors.crew import Crew
 from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
-from actors.placement import Crew, check_fits, connect
+from actors.placement import check_fits, connect
 from actors.run_folder import RunFolder
 from actors.stages import Outcomes, drive, take_fingerprint
 from configs.loader import RecipeError, load_recipe

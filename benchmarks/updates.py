@@ -22,9 +22,10 @@ import ray
 import typer
 
 from actors.cells import training_cells
+from actors.crew import Crew
 from actors.learning import Origin, Version, publish
 from actors.pipeline import Loop, evaluate
-from actors.placement import Crew, connect
+from actors.placement import connect
 from actors.run_folder import RunFolder
 from benchmarks.comparison import START, write_table
 from benchmarks.learning import recipe_hash, rows_of

@@ -16,6 +16,7 @@ import typer
 
 from actors.canary import judge
 from actors.cells import canary_cells, training_cells
+from actors.crew import Crew
 from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
 from actors.parameter_server import (
@@ -26,7 +27,6 @@ from actors.parameter_server import (
     pull_snapshot,
 )
 from actors.placement import (
-    Crew,
     PlacementError,
     check_fits,
     check_packs,
