@@ -66,6 +66,7 @@ class Crew:
             make=make,
             most=part.actors,
             nodes=self.nodes,
+            release_after_s=part.release_after_s,
         )
         wait_until_placed(actors, rollout_ask(part))
 

@@ -56,9 +56,18 @@ class Fleet:
         make: Make | None = None,
         most: int | None = None,
         nodes: NodeWatch | None = None,
+        release_after_s: float = 60.0,
     ) -> None:
         """`actors` have started; with `make` there may be up to `most`, while there are cells for them."""
-        self.members = Members(actors, slots=slots, on_event=on_event, make=make, most=most, nodes=nodes)
+        self.members = Members(
+            actors,
+            slots=slots,
+            on_event=on_event,
+            make=make,
+            most=most,
+            nodes=nodes,
+            release_after_s=release_after_s,
+        )
         self._slots = slots
         self._timeout_s = timeout_s
         self._on_event = on_event

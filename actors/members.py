@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +14,6 @@ from ray.exceptions import RayActorError
 
 from actors.nodes import NodeWatch
 
-log = logging.getLogger(__name__)
-
-RELEASE_AFTER_S = 60.0
-"""How long an actor beyond the fleet's least number stays without work: as long as Ray's autoscaler waits, by default,
-before it takes an idle node away, a few seconds of building simulators being the price of a new one."""
 MAX_RENDERER_STRIKES = 3
 """Renderer failures in a row after which an actor's renderer is given up."""
 
@@ -64,6 +58,7 @@ class Members:
         make: Make | None = None,
         most: int | None = None,
         nodes: NodeWatch | None = None,
+        release_after_s: float = 60.0,
     ) -> None:
         """`actors` have started. Without `make` they are all that there will ever be."""
         self._count = itertools.count()
@@ -73,6 +68,7 @@ class Members:
         self._least = len(actors)
         self._most = max(len(actors), most or 0)
         self._nodes = nodes
+        self._release_after_s = release_after_s
         self._restarts = self.quarantined = 0
         self.all: list[Member] = [Member(next(self._count), actor) for actor in actors]
         for member in self.all:
@@ -156,12 +152,12 @@ class Members:
             )
 
     def release(self, busy: set[int]) -> None:
-        """Let actors beyond the least number go that had no work for RELEASE_AFTER_S, those not yet placed first."""
+        """Let actors beyond the least number go that had no work for a while, those not yet placed first."""
         now = time.monotonic()
         idle = [
             member
             for member in self.all
-            if member.index not in busy and now - member.idle_since > RELEASE_AFTER_S
+            if member.index not in busy and now - member.idle_since > self._release_after_s
         ]
         idle.sort(key=lambda member: member.away is None)
         for member in idle[: max(0, len(self.all) - self._least)] if self._make is not None else ():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.exceptions import RayTaskError
 
 from configs.schema import LearnerPart, RolloutPart, ServingPart
@@ -24,7 +27,9 @@ LIVE_VERSIONS = 3
 
 PLACEMENT_DEADLINE_S = 600.0
 """How long actors may take to find a place and start."""
+SAY_EVERY_S = 10.0
 _ROUNDING = 1e-6
+_STATUS_DEADLINE_S = 10.0
 
 
 class PlacementError(RuntimeError):
@@ -93,8 +98,8 @@ def learner_ask(part: LearnerPart) -> Ask:
 
 
 def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerPart) -> None:
-    """Raise PlacementError when a recipe wants more than the cluster has, all in all or on one node, or a serving
-    engine that is not installed, or not for the policy actors' device."""
+    """Raise PlacementError when a recipe wants more than a cluster of fixed size has, all in all or on one node, or a
+    serving engine that is not installed, or not for the policy actors' device."""
     check_engine(serving)
     asks = (rollout_ask(rollouts), serving_ask(serving), learner_ask(learner))
     gpus, cpus = sum(a.count * a.gpus for a in asks), sum(a.count * a.cpus for a in asks)
@@ -102,6 +107,8 @@ def check_fits(*, rollouts: RolloutPart, serving: ServingPart, learner: LearnerP
         ("GPU", gpus, "serving.gpus_per_actor or learner.gpus"),
         ("CPU", cpus, "rollouts.actors, rollouts.cpus_per_actor, serving.cpus_per_actor or learner.cpus"),
     )
+    if grows():
+        return  # what is not there yet is asked for, and waited for
     has = ray.cluster_resources()
     for name, amount, fields in wants:
         if amount > has.get(name, 0.0):
@@ -150,7 +157,18 @@ def wait_until_placed(actors: Sequence[Any], ask: Ask, *, deadline_s: float = PL
     """Wait until every actor has a place and has started. Raises PlacementError when that takes too long: what the
     cluster has may be in use by others."""
     started = [actor.__ray_ready__.remote() for actor in actors]
-    there, late = ray.wait(started, num_returns=len(started), timeout=deadline_s)
+    there: list[ray.ObjectRef] = []
+    late, deadline = started, time.monotonic() + deadline_s
+    while late and time.monotonic() < deadline:
+        there, late = ray.wait(started, num_returns=len(started), timeout=min(SAY_EVERY_S, deadline_s))
+        if late:
+            log.info(
+                "waiting for %d %ss of %s; the nodes have %s",
+                len(late),
+                ask.what,
+                ask.each(),
+                _listed(_nodes()),
+            )
     ray.get(there)  # one whose constructor failed says so here, not at its first use
     if late:
         unused = ray.available_resources()
@@ -160,6 +178,15 @@ def wait_until_placed(actors: Sequence[Any], ask: Ask, *, deadline_s: float = PL
             f"{ask.each()}, the nodes have {_listed(_nodes())}, of which {free} are free; lower {ask.fields}, or wait "
             "until other jobs end"
         )
+
+
+def grows() -> bool:
+    """Whether Ray's autoscaler adds nodes to this cluster; it alone knows how many."""
+    # What `ray status` asks; ray.autoscaler.sdk has no call for it.
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(client.get_cluster_status(timeout_s=_STATUS_DEADLINE_S))
+    return bool(reply.HasField("autoscaling_state"))
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -125,6 +125,11 @@ class RolloutPart(Part):
         description="rollout actors that a run begins with and keeps; more are asked for, of Ray's autoscaler, while "
         "there are episodes for them; none: all of `actors`, always",
     )
+    release_after_s: float = Field(
+        60.0,
+        ge=0,
+        description="seconds without work after which an actor beyond `least_actors` is let go, and its node with it",
+    )
 
     @property
     def kept(self) -> int:

@@ -39,10 +39,10 @@ CHANGES = [
 ]
 
 
-def episodes(run: Path) -> Counter[tuple[str, int, int, int, bool]]:
-    """How often each episode is on record: phase, round, state, seed and outcome."""
+def episodes(run: Path) -> Counter[tuple[str, int, str, bool]]:
+    """How often each episode is on record: phase, round, cell and weights, outcome."""
     lines = read_journal(run / "episodes.jsonl")
-    return Counter((e["phase"], e["round"], e["init_state"], e["seed"], e["success"]) for e in lines)
+    return Counter((e["phase"], e["round"], e["trajectory_id"], e["success"]) for e in lines)
 
 
 def count(run: Path, phase: str) -> int:
