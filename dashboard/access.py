@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from urllib.parse import parse_qs
 
@@ -34,6 +35,8 @@ class TokenGate:
     def __init__(self, app: ASGIApp, token: str, cookie: str) -> None:
         """`cookie`: its name, of this server alone: cookies are shared by all ports of a host."""
         self._app, self._token, self._cookie = app, token, cookie
+        # A token that a person chose may hold what a cookie may not.
+        self._mark = hashlib.sha256(f"cookie {token}".encode()).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -55,17 +58,18 @@ class TokenGate:
     def _answer(self, scope: Scope) -> Response | None:
         """What to say instead of the page; None lets the request through."""
         offered = parse_qs(scope["query_string"].decode("latin-1")).get("token")
-        if offered is not None and self._right(offered[-1]):
+        if offered is not None and _equal(offered[-1], self._token):
             redirect = RedirectResponse("/", status_code=303)
-            redirect.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path="/")
+            redirect.set_cookie(self._cookie, self._mark, httponly=True, samesite="strict", path="/")
             return redirect
         headers = Headers(scope=scope)
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         carried = cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
-        allowed = self._right(carried) or (scheme.lower() == "bearer" and self._right(bearer.strip()))
+        allowed = _equal(carried, self._mark) or (scheme.lower() == "bearer" and _equal(bearer, self._token))
         if allowed and offered is None:
             return None
         return PlainTextResponse(REFUSAL, status_code=401, headers={"WWW-Authenticate": "Bearer"})
 
-    def _right(self, offered: str) -> bool:
-        return hmac.compare_digest(offered.encode(), self._token.encode())
+
+def _equal(offered: str, right: str) -> bool:
+    return hmac.compare_digest(offered.strip().encode(), right.encode())

@@ -54,7 +54,9 @@ class Sheet:
 def sheet_of(trajectory: Trajectory) -> Sheet:
     """The sheet of an episode with at least one decision."""
     decisions = trajectory.decisions
-    shown = np.unique(np.linspace(0, len(decisions) - 1, min(len(decisions), MOST_STILLS)).round().astype(int))
+    shown = np.unique(
+        np.linspace(0, len(decisions) - 1, min(len(decisions), MOST_STILLS)).round().astype(int)
+    )
     starts = np.cumsum([0, *(decision.executed for decision in decisions)])
     size = min(decisions[0].observation.agentview.shape[0], MOST_PIXELS)
     rows = -(-len(shown) // COLUMNS)

@@ -14,6 +14,7 @@ import fcntl
 import json
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from threading import RLock
 from typing import Any, Protocol
@@ -106,7 +107,7 @@ class LiveRun:
         return changed | ({"run"} if self.overview.extra != before else set())
 
     def _fold(self, journal: str, line: Mapping[str, Any]) -> set[str]:
-        changed = set()
+        changed: set[str] = set()
         try:
             if journal == "episodes" and self._again(line):
                 return changed
@@ -151,12 +152,12 @@ class LiveRun:
         if name != "contrast":
             panel: Any = self._panels[name]
             return dict(panel.section())
-        latest = [
+        stored = (
             found
             for found in self.contrasts.latest()
             if self.sheets.stored(found["success"]) and self.sheets.stored(found["failure"])
-        ]
-        return {"latest": latest[:SHOWN]}
+        )
+        return {"latest": list(islice(stored, SHOWN))}
 
 
 class Board:

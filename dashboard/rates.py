@@ -9,7 +9,6 @@ from math import sqrt
 
 from dashboard.run_folder import Episode
 
-
 Z = 1.959963984540054
 """The normal distribution's 97.5th percentile."""
 

@@ -1,10 +1,10 @@
 """The live page of a run: one small web server that reads the run folder and nothing else.
 
-    GET /                     the page
-    GET /api/state            every section as one JSON object
-    GET /api/events           server-sent events: the sections that changed, at most once a second
-    GET /api/sheet/ID         what the page needs to draw a stored episode's stills
-    GET /api/sheet/ID.jpg     the stills
+GET /                     the page
+GET /api/state            every section as one JSON object
+GET /api/events           server-sent events: the sections that changed, at most once a second
+GET /api/sheet/ID         what the page needs to draw a stored episode's stills
+GET /api/sheet/ID.jpg     the stills
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from sse_starlette.sse import EventSourceResponse
@@ -110,7 +111,7 @@ class Dashboard:
     def url(self) -> str:
         """Where the page is, with the token: for the person who started it, and nobody else."""
         shown = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{shown}:{self._port}/?token={self._token}"
+        return f"http://{shown}:{self._port}/?token={quote(self._token, safe='')}"
 
     def start(self) -> None:
         """Serve from a daemon thread; returns once requests are answered. Raises DashboardError when that fails."""
@@ -200,7 +201,8 @@ class Dashboard:
                 if self._board.revision > revision:
                     revision, text = await run_in_threadpool(self._board.since, revision)
                     yield {"id": self._name(revision), "data": text, "retry": 2000}
-                await asyncio.sleep(POLL_S / 4)
+                    await asyncio.sleep(POLL_S)
+                await asyncio.sleep(POLL_S / 10)
         finally:
             self._watchers -= 1
 
@@ -238,16 +240,16 @@ def _is_loopback(host: str) -> bool:
 def _listen(host: str, port: int | None) -> socket.socket:
     """A listening socket on the port, or on the first free one."""
     wanted = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else (port,)
-    reason = "in use"
+    reason = "ports are 1 to 65535"
     for number in wanted:
+        if not 0 < number < 1 << 16:
+            continue
         try:
             return socket.create_server(
                 (host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET
             )
         except OSError as error:
-            reason = error.strerror or str(error)
-        except OverflowError:
-            reason = "ports are 1 to 65535"
+            reason = os.strerror(error.errno) if error.errno else str(error)
     what = f"port {port}" if port is not None else f"every port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
     raise DashboardError(
         f"dashboard on {host}, {what}: {reason}; choose another with --port, or none for the first free one"

@@ -12,11 +12,13 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from configs.loader import dump_recipe
 from configs.schema import Recipe
+from dashboard.rates import wilson
 from trajectories.codec import episode_record, save_trajectory
-from trajectories.journal import Journal
+from trajectories.journal import Journal, read_journal
 from trajectories.records import ActionSample, Cell, Decision, Observation, Outcome, Trajectory
 
 START = 1_764_230_400.0
@@ -111,7 +113,9 @@ class Writer:
         dump_recipe(recipe(name or folder.name, tasks), folder / "recipe.yaml")
         self.folder, self.random, self.now = folder, Random(seed), START
         self.tasks = [(SUITES[k % 2], k // 2) for k in range(tasks)]
-        self._journals = {kind: Journal(folder / f"{kind}.jsonl") for kind in ("metrics", "events", "episodes")}
+        self._journals = {
+            kind: Journal(folder / f"{kind}.jsonl") for kind in ("metrics", "events", "episodes")
+        }
         self.version = 0
         self._latest_version = 0
 
@@ -139,7 +143,11 @@ class Writer:
         for task, (suite, task_id) in enumerate(self.tasks):
             for state in states:
                 for sample in range(samples):
-                    cell = Cell(suite=suite, task_id=task_id, init_state=state, seed=1000 * index + sample + 1000)
+                    if phase == "rollout" and (task, state) == self._contrasted(index):
+                        continue
+                    cell = Cell(
+                        suite=suite, task_id=task_id, init_state=state, seed=1000 * index + sample + 1000
+                    )
                     self.now = round(self.now + 0.9, 3)
                     faults = 0.01 if phase == "rollout" else 0.0
                     outcome = self.outcome(task, version, faults)
@@ -149,7 +157,13 @@ class Writer:
         self.episodes(lines)
         rate = round(self.random.uniform(90, 120), 1)
         self.metric(
-            phase, round=index, version=version, episodes=len(lines), env_steps_per_s=rate, batch_fill=3.1, act_ms=41.0
+            phase,
+            round=index,
+            version=version,
+            episodes=len(lines),
+            env_steps_per_s=rate,
+            batch_fill=3.1,
+            act_ms=41.0,
         )
 
     def fleet(self, version: int) -> None:
@@ -213,8 +227,13 @@ class Writer:
                 kl=-(chosen + rejected) / 2,
             )
 
-    def contrast(self, index: int, *, task: int, state: int, size: int = 96) -> None:
+    def _contrasted(self, index: int) -> tuple[int, int]:
+        """The task and the initial state whose episodes of a round are stored."""
+        return index % len(self.tasks), 10 * (index % 3) + 7
+
+    def contrast(self, index: int, *, size: int = 96) -> None:
         """A stored success and failure from the same task and initial state."""
+        task, state = self._contrasted(index)
         suite, task_id = self.tasks[task]
         for success, decisions in ((True, 11), (False, 16)):
             cell = Cell(suite=suite, task_id=task_id, init_state=state, seed=9000 + 10 * index + success)
@@ -243,8 +262,10 @@ class Writer:
 
     def round(self, index: int, *, steps: int, fate: str) -> None:
         """Collect, mine, learn, and what became of it: `promoted`, `rolled_back` or `tripped`."""
-        self.drive("rollout", index, self.version, states=range(10 * (index % 3), 10 * (index % 3) + 10), samples=3)
-        self.contrast(index, task=index % len(self.tasks), state=10 * (index % 3) + 2)
+        self.drive(
+            "rollout", index, self.version, states=range(10 * (index % 3), 10 * (index % 3) + 10), samples=3
+        )
+        self.contrast(index)
         self.mine(index, 10 * len(self.tasks))
         self.update(index, steps, collapse=fate == "tripped")
         if fate == "tripped":
@@ -260,6 +281,26 @@ class Writer:
         self.event(fate, round=index, version=candidate, **verdict, p_worse=p)
         if fate == "promoted":
             self.version = candidate
+
+    def result(self) -> dict[str, Any]:
+        """The result line, of the held-out episodes of the first version and of the one in force."""
+        lines = [e for e in read_journal(self.folder / "episodes.jsonl") if e["phase"] == "evaluation"]
+        first, last = ([e["success"] for e in lines if e["policy_version"] == v] for v in (0, self.version))
+        pairs = list(zip(first, last, strict=True))
+        differ = sum(a != b for a, b in pairs)
+        return {
+            "suite": "libero_object",
+            "task_ids": [task for _, task in self.tasks],
+            "assets": "stand-in",
+            "held_out_episodes": len(first),
+            "success_before": round(sum(first) / len(first), 4),
+            "success_after": round(sum(last) / len(last), 4),
+            "wilson_before": [round(bound, 4) for bound in wilson(sum(first), len(first))],
+            "wilson_after": [round(bound, 4) for bound in wilson(sum(last), len(last))],
+            "mcnemar_p": binomtest(sum(b and not a for a, b in pairs), differ).pvalue if differ else 1.0,
+            "env_steps_per_s": 104.2,
+            "wall_s": round(self.now - START, 1),
+        }
 
     def close(self) -> None:
         for journal in self._journals.values():
@@ -289,11 +330,6 @@ def write_run(folder: Path, *, finished: bool = True, tasks: int = 4, seed: int 
             run.event("quarantined", cell=cell, reason="the simulator returned a non-finite state")
     if finished:
         run.drive("evaluation", -1, run.version, states=range(30, 50), samples=1)
-        result = {
-            **{"suite": "libero_object", "task_ids": [0, 1], "assets": "stand-in", "held_out_episodes": 80},
-            **{"success_before": 0.4125, "success_after": 0.8375, "wilson_before": [0.3112, 0.5221]},
-            **{"wilson_after": [0.7416, 0.9025], "mcnemar_p": 4.87e-06, "env_steps_per_s": 104.2, "wall_s": 2312.4},
-        }
-        (folder / "result.json").write_text(json.dumps(result) + "\n")
+        (folder / "result.json").write_text(json.dumps(run.result()) + "\n")
     run.close()
     return folder

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 STATES = 5_000
 """Latest (suite, task, initial state, version) whose episodes are remembered."""
+FOUND = 500
+"""Latest contrasts that are remembered: of those whose files are there, the page shows SHOWN."""
 SHOWN = 6
-"""Latest contrasts that can be chosen on the page."""
 
 Key = tuple[str, int, int, int]
 
@@ -41,17 +42,15 @@ class Contrasts:
             return False
         self._found[key] = dict(sides)
         self._found.move_to_end(key)
-        if len(self._found) > 4 * SHOWN:
+        if len(self._found) > FOUND:
             self._found.popitem(last=False)
         return True
 
-    def latest(self) -> list[dict[str, Any]]:
+    def latest(self) -> Iterator[dict[str, Any]]:
         """Latest first: suite, task, init_state, version, and the trajectory ids `success` and `failure`."""
-        return [
-            {
+        for key, sides in reversed(self._found.items()):
+            yield {
                 **dict(zip(("suite", "task", "init_state", "version"), key, strict=True)),
                 "success": sides[True],
                 "failure": sides[False],
             }
-            for key, sides in reversed(self._found.items())
-        ]

@@ -98,8 +98,8 @@ class Actors:
 
 
 class Cluster:
-    """Section `cluster`: the latest word on nodes, on rollout actors (wanted, ready, away, draining, quarantined) and on
-    what waits for a node."""
+    """Section `cluster`: the latest word on nodes, on rollout actors (wanted, ready, away, draining, quarantined) and
+    on what waits for a node."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}

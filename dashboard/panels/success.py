@@ -20,8 +20,8 @@ GROUPS = {"evaluation": "held_out", "rollout": "training", "canary": "training"}
 
 
 class Tally:
-    """[successes, episodes] by version; faults count for neither. Beyond `most` versions the second oldest goes, for the
-    first is what the others are compared with."""
+    """[successes, episodes] by version; faults count for neither. Beyond `most` versions the second oldest goes, for
+    the first is what the others are compared with."""
 
     def __init__(self, most: int) -> None:
         self.counts: OrderedDict[int, list[int]] = OrderedDict()

@@ -41,6 +41,7 @@ export const taskName = (row) => `${suiteOf(row.suite)} ${row.task}`;
 export function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1000) return String(value);
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   if (size >= 100) return value.toFixed(0);
   if (size >= 10) return value.toFixed(1);

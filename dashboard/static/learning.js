@@ -23,7 +23,7 @@ const plots = {
 export function drawLearning(data) {
   const spans = data.rounds;
   const limits = { logratios: [
-    { value: data.limits.chosen_drop, label: `tripwire for chosen (${data.limits.chosen_drop})`, colour: "bad" },
+    { value: data.limits.chosen_drop, label: `tripwire for chosen (${data.limits.chosen_drop})`, colour: "ink" },
     { value: data.limits.rejected_floor, label: `floor for rejected (${data.limits.rejected_floor})`, colour: "second", far: true }] };
   for (const [name, columns] of Object.entries(data.plots)) {
     if (name === "margin" && columns.margin) {

@@ -37,7 +37,7 @@ export class Plot {
     this.table = h("details", { class: "numbers", ontoggle: () => this.fillTable() }, h("summary", {}, "Numbers"));
     parent.append(h("figure", { class: "plot" },
       h("figcaption", {}, h("strong", {}, title), unit ? h("span", { class: "unit" }, ` ${unit}`) : null),
-      this.legend, this.area, this.out, this.table));
+      this.legend, this.area, h("div", { class: "under" }, this.out, this.table)));
     plots.add(this);
     seen.observe(this.area);
     sized.observe(this.area);
