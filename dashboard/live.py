@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -19,7 +20,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, Protocol
 
-from configs.loader import load_recipe
+from configs.loader import RecipeError, load_recipe
 from dashboard.frames import Sheets
 from dashboard.panels.contrasts import SHOWN, Contrasts
 from dashboard.panels.fleet import Actors, Cluster, Incidents, Speed
@@ -28,6 +29,8 @@ from dashboard.panels.learning import Learning, Pairs
 from dashboard.panels.overview import Overview, assets_of
 from dashboard.panels.success import HeatMap, Success
 from dashboard.tail import StartOver, Tail
+
+logger = logging.getLogger(__name__)
 
 JOURNALS = ("metrics", "events", "episodes")
 QUIET_S = 30.0
@@ -40,8 +43,8 @@ class Panel(Protocol):
     """What one section of the page is made from."""
 
     def take(self, journal: str, line: Mapping[str, Any]) -> bool:
-        """Fold a line in; whether the section changed. KeyError, TypeError or ValueError for a line that lacks what it
-        must have."""
+        """Fold a line in; whether the section changed. AttributeError, KeyError, TypeError or ValueError for a line
+        that is not what it must be."""
         ...
 
 
@@ -80,7 +83,6 @@ class LiveRun:
         self._tails = {name: Tail(self.folder / f"{name}.jsonl") for name in JOURNALS}
         self._seen: dict[tuple[str, str], None] = {}
         self._unreadable = 0
-        self._heard = 0.0
 
     @property
     def sections(self) -> tuple[str, ...]:
@@ -98,29 +100,31 @@ class LiveRun:
                 for line in tail.read():
                     changed |= self._fold(journal, line)
         except StartOver:
+            if not (self.folder / "recipe.yaml").is_file():
+                return set()  # moved aside, and the next run is not there yet: what was seen stays
             self._start()
             return self.poll() | self._panels.keys()
-        if changed or not self._heard:
-            self._heard = time.monotonic()
         before = self.overview.extra
         self.overview.extra = self._beside_the_journals()
         return changed | ({"run"} if self.overview.extra != before else set())
 
     def _fold(self, journal: str, line: Mapping[str, Any]) -> set[str]:
         changed: set[str] = set()
-        try:
-            if journal == "episodes" and self._again(line):
-                return changed
-            for name, panel in self._panels.items():
+        understood = True
+        if journal == "episodes" and self._again(line):
+            return changed
+        for name, panel in self._panels.items():
+            try:
                 if panel.take(journal, line):
                     changed.add(name)
-        except (KeyError, TypeError, ValueError):
-            self._unreadable += 1
+            except (AttributeError, KeyError, TypeError, ValueError):
+                understood = False
+        self._unreadable += not understood
         return changed
 
     def _again(self, line: Mapping[str, Any]) -> bool:
-        key = str(line["phase"]), str(line["trajectory_id"])
-        if key in self._seen:
+        key = str(line.get("phase")), str(line.get("trajectory_id"))
+        if "trajectory_id" in line and key in self._seen:
             return True
         self._seen[key] = None
         if len(self._seen) > EPISODES_REMEMBERED:
@@ -176,8 +180,13 @@ class Board:
     def poll(self) -> int:
         """Fold in what is new; the revision afterwards."""
         with self._lock:
-            changed = self.run.poll()
-            others = set[str]().union(*(other.poll() for other in self._others))
+            try:
+                changed = self.run.poll()
+                others = set[str]().union(*(other.poll() for other in self._others))
+            except (OSError, RecipeError) as error:
+                # A file system that hiccups, or a recipe half written: the page keeps what it has and looks again.
+                logger.warning("the dashboard could not read the run: %s", error)
+                return self.revision
             if {"compare", "run"} & others:
                 changed.add("compare")
             if changed:

@@ -30,11 +30,15 @@ class Series:
         return len(self._x)
 
     def append(self, x: float, values: Mapping[str, Any]) -> None:
-        """Add a row; of `values` only the columns' names count, and None is as good as absent."""
+        """Add a row; of `values` only the columns' names count, and None is as good as absent.
+
+        Raises TypeError or ValueError for a value that is no number, and then adds nothing.
+        """
+        row = [values.get(name) for name in self._columns]
+        numbers = [float("nan") if value is None else float(value) for value in row]
         self._x.append(x)
-        for name, column in self._columns.items():
-            value = values.get(name)
-            column.append(float("nan") if value is None else float(value))
+        for column, number in zip(self._columns.values(), numbers, strict=True):
+            column.append(number)
         if len(self._x) > KEPT:
             x_N, values_SN = self._arrays(self.names)
             kept = thinned(values_SN, KEPT // 2)

@@ -110,7 +110,8 @@ class Dashboard:
     @property
     def url(self) -> str:
         """Where the page is, with the token: for the person who started it, and nobody else."""
-        shown = f"[{self._host}]" if ":" in self._host else self._host
+        host = socket.gethostname() if _is_every_address(self._host) else self._host
+        shown = f"[{host}]" if ":" in host else host
         return f"http://{shown}:{self._port}/?token={quote(self._token, safe='')}"
 
     def start(self) -> None:
@@ -155,7 +156,9 @@ class Dashboard:
             yield
             following.cancel()
 
-        trusted = ["127.0.0.1", "localhost", "::1", "[::1]", self._host]
+        # Against DNS rebinding. Who listens on every address has chosen a token, and is called by names unknown here.
+        named = "*" if _is_every_address(self._host) else self._host
+        trusted = ["127.0.0.1", "localhost", "::1", "[::1]", named]
         return Starlette(
             routes=[
                 Route("/", _page),
@@ -174,7 +177,7 @@ class Dashboard:
 
     async def _follow(self) -> None:
         """Look for new lines, often while somebody watches."""
-        idle = 0.0
+        idle = IDLE_POLL_S
         while True:
             if self._watchers or idle >= IDLE_POLL_S:
                 await run_in_threadpool(self._board.poll)
@@ -235,6 +238,10 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_every_address(host: str) -> bool:
+    return host in ("0.0.0.0", "::")
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

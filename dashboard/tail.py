@@ -66,7 +66,8 @@ class Tail:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        # JSON has no NaN, Python's reader does; a browser would refuse the whole state for one.
+        record = json.loads(line, parse_constant=lambda _: None)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

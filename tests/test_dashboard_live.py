@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,10 @@ def test_lines_of_older_runs_and_unreadable_ones_do_no_harm(tmp_path: Path) -> N
     del line["time"]
     run.episodes([line, {"phase": "rollout"}])
     run.metric("fleet")
+    run.metric("fleet", policy_actors=[None, {"actor": 0, "version": 0, "hash": "ab"}], staleness="?")
     run.metric("rollout", round=0, version=0, episodes=1, env_steps_per_s=88.0)
     state = replay(tmp_path / "old")
-    assert state["run"]["unreadable"] == 1
+    assert state["run"]["unreadable"] == 2
     assert state["success"]["all"]["held_out"][0]["episodes"] == 1
     assert state["run"]["ends"][0]["rate"] == 0.0
 
@@ -233,12 +235,10 @@ def test_a_new_run_in_the_folders_place_replaces_the_old_one(tmp_path: Path) -> 
 
 
 def test_a_quiet_run_without_result_and_owner_ended_early(tmp_path: Path) -> None:
-    from os import utime  # beside its one use
-
     Writer(tmp_path / "dead").publish(0)
     assert replay(tmp_path / "dead")["run"]["status"] == "running"
     for path in (tmp_path / "dead").glob("*.jsonl"):
-        utime(path, (1e9, 1e9))
+        os.utime(path, (1e9, 1e9))
     assert replay(tmp_path / "dead")["run"]["status"] == "ended early"
 
 

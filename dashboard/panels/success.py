@@ -9,7 +9,7 @@ from typing import Any
 from dashboard.rates import Rate
 
 Task = tuple[str, int]
-VERSIONS = 24
+VERSIONS = 12
 """Latest versions that each task is shown for, beside the first."""
 VERSIONS_IN_ALL = 400
 """Versions that all tasks together are shown for."""

@@ -49,7 +49,7 @@ function follow(since) {
   };
 }
 
-const THEMES = { "": ["Auto", "as the system"], light: ["Light", "light"], dark: ["Dark", "dark"] };
+const THEMES = { "": ["◐ Auto", "as the system"], light: ["☀ Light", "light"], dark: ["☾ Dark", "dark"] };
 
 function themed() {
   const [text, words] = THEMES[document.documentElement.dataset.theme ?? ""];

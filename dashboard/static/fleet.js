@@ -58,7 +58,9 @@ const EVENTS = {
   node_joined: ["good", "+", (e) => `Node ${String(e.node ?? "").slice(0, 8)} joined`],
   node_lost: ["poor", "−", (e) => `Node ${String(e.node ?? "").slice(0, 8)} lost${e.reason ? `: ${e.reason}` : ""}`],
   node_draining: ["warn", "◆", (e) => `Node ${String(e.node ?? "").slice(0, 8)} is draining${e.reason ? `: ${e.reason}` : ""}`],
-  resumed: ["", "►", () => "Run resumed"],
+  resumed: ["", "►", (e) => `Run resumed${e.version === undefined ? "" : ` with version ${e.version}`}${e.next_round === undefined ? "" : `, round ${e.next_round} next`}`],
+  checkpoint_skipped: ["warn", "◆", (e) => `Checkpoint of version ${e.version} skipped: ${e.reason}`],
+  last_words: ["", "·", (e) => `rollout actor ${e.actor} said before it ended: ${e.reason}`],
   stack_differs: ["warn", "≠", (e) => `The stack is not that of ${e.start}: ${e.reason}`],
 };
 const trial = (e) => (e.cells ? `: ${e.after} of ${e.cells} canary cells against ${e.before} (p of being worse ${Number(e.p_worse).toPrecision(2)})` : "");
