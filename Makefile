@@ -26,7 +26,7 @@ endef
 SYSTEM_LIBRARIES_LOAD := import ctypes; \
 	[ctypes.CDLL(name) for name in ("libOSMesa.so.8", "libGL.so.1", "libglib-2.0.so.0", "libgthread-2.0.so.0")]
 
-.PHONY: help setup setup-vllm python system run test test-vllm check format benchmarks clean
+.PHONY: help setup setup-vllm python system browser run test test-vllm check format benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,10 @@ python:
 system:
 	@$(PYTHON) -c '$(SYSTEM_LIBRARIES_LOAD)' 2>/dev/null || { $(call apt_install,$(APT_PACKAGES),OSMesa or a library that OpenCV loads is); }
 	@$(PYTHON) -c '$(SYSTEM_LIBRARIES_LOAD)'
+
+# The tests of the dashboard's page drive it.
+browser:
+	@command -v chromium >/dev/null || { $(call apt_install,chromium,the browser that the dashboard's tests drive is); }
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt_install,python3-venv,the venv module of Python is); }
@@ -67,7 +71,7 @@ $(VLLM_VENV)/.installed-vllm: constraints-vllm.txt $(VLLM_VENV)/.installed
 run: setup  ## the quickstart: supervised start, online rounds, evaluation, report (ARGS= for launch.py's arguments)
 	@$(BIN)/python launch.py $(ARGS)
 
-test: setup  ## the whole test suite (ARGS= for pytest's arguments)
+test: setup browser  ## the whole test suite (ARGS= for pytest's arguments)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: setup-vllm  ## the tests of vLLM serving, with vLLM (ARGS= for pytest's arguments)

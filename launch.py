@@ -1,5 +1,5 @@
-"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare, assets,
-parity or capability.
+"""Pairloom's command line: `python launch.py VERB ...`, where VERB is train, evaluate, collect, compare, dashboard,
+assets, parity or capability.
 
 Without a verb it trains the quickstart recipe. Start it on a cluster with
 `ray job submit --working-dir . -- python launch.py train configs/quickstart.yaml`.
@@ -29,6 +29,7 @@ from actors.placement import PlacementError, cause_of
 from actors.verbs import collect_demonstrations, evaluate_run
 from configs.describe import describe_recipe
 from configs.loader import RecipeError, load_recipe
+from dashboard.server import Dashboard, DashboardError
 from envs.assets import check_pack, resolve_assets
 from envs.experts import NoExpertError
 from envs.fingerprint import FingerprintError
@@ -65,6 +66,7 @@ def one_line_errors() -> Iterator[None]:
         ParameterServerError,
         CheckpointError,
         ComparisonError,
+        DashboardError,
         DemonstrationError,
         FingerprintError,
         FleetLostError,
@@ -163,6 +165,24 @@ def compare(
         table.add_row(*row)
     Console(stderr=True).print(table)
     typer.echo(json.dumps(comparison.summary()))
+
+
+@app.command()
+def dashboard(
+    run: Annotated[Path, typer.Argument(help="run folder; the run may still go on")],
+    port: Annotated[int | None, typer.Option(help="default: the first free one from 8266 up")] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="run folder to compare with; may be given several times")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="other than loopback only with PAIRLOOM_DASHBOARD_TOKEN set")
+    ] = "127.0.0.1",
+) -> None:
+    """Serve a run's live page until Ctrl-C; its address, with the token, goes to stderr."""
+    with one_line_errors():
+        page = Dashboard(run, host=host, port=port, compare=compare or ())
+        typer.echo(f"pairloom: {run} is shown at {page.url} (Ctrl-C ends)", err=True)
+        page.serve_forever()
 
 
 @app.command()

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from scipy.stats import binomtest
+from functools import lru_cache
+from math import sqrt
 
 from dashboard.run_folder import Episode
+
+Z = 1.959963984540054
+"""The normal distribution's 97.5th percentile."""
+
+
+@lru_cache(maxsize=1 << 14)
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """95 % Wilson score interval (Wilson 1927), each bound in [0, 1]; episodes >= 1.
+
+    In closed form: the live page asks for thousands a second, and scipy's takes a tenth of a millisecond each.
+    """
+    share = successes / episodes
+    scale = 1 + Z**2 / episodes
+    centre = (share + Z**2 / (2 * episodes)) / scale
+    half = Z / scale * sqrt(share * (1 - share) / episodes + Z**2 / (4 * episodes**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +40,7 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson score interval (Wilson 1927), each bound in [0, 1]."""
-        ci = binomtest(self.successes, self.episodes).proportion_ci(confidence_level=0.95, method="wilson")
-        return float(ci.low), float(ci.high)
+        return wilson(self.successes, self.episodes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,8 @@
 """A cluster on this machine that Ray's own autoscaler grows and shrinks, with its fake nodes; ended by process id.
 
-The provider looks for its head on port 6379. This is what `ray.cluster_utils.AutoscalingCluster` starts, which cannot be
-used as it is: it begins and ends with `ray stop`, which takes down every other Ray of the machine, and reads a file that
-Ray's wheel does not hold.
+The provider looks for its head on port 6379. This is what `ray.cluster_utils.AutoscalingCluster` starts, which cannot
+be used as it is: it begins and ends with `ray stop`, which takes down every other Ray of the machine, and reads a file
+that Ray's wheel does not hold.
 """
 
 from __future__ import annotations
