@@ -1,18 +1,21 @@
-"""The stage before the rounds: scripted experts on the rollout fleet."""
+"""The stage before the rounds: scripted experts on the rollout fleet, and the start that is trained on them."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.crew import Crew
+from actors.learning import supervise
 from actors.run_folder import RunFolder, progress_bar
 from actors.stages import cell_of
 from configs.schema import Recipe
+from learners.checkpoint import is_intact
 from trajectories.codec import CodecError, load_trajectory, save_trajectory
 from trajectories.records import Cell, Trajectory
 
@@ -90,3 +93,17 @@ def saved_demonstrations(folder: RunFolder) -> list[Trajectory]:
         except CodecError as error:
             log.warning("a demonstration is made again: %s", error)
     return saved
+
+
+def make_start(recipe: Recipe, folder: RunFolder, crew: Crew) -> tuple[Path, list[Trajectory], bool]:
+    """The checkpoint of the supervised start, its demonstrations, and whether the learner was trained just now."""
+    checkpoint = folder.checkpoints / "start"
+    if recipe.start is not None:
+        checkpoint = Path(recipe.start) / "checkpoints" / "start"
+        saved = sorted((Path(recipe.start) / "demonstrations").iterdir())
+        return checkpoint, [load_trajectory(path) for path in saved], False
+    demos = demonstrate(crew, folder, recipe) if recipe.demonstrated else []
+    if folder.resumed and is_intact(checkpoint):
+        return checkpoint, demos, False
+    supervise(crew, folder, demos, steps=recipe.supervised.steps)
+    return checkpoint, demos, True

@@ -30,7 +30,7 @@ import ray
 from actors.cells import training_cells
 from actors.checks import check_hash, check_policy, check_start
 from actors.crew import Crew
-from actors.demonstrations import demonstrate
+from actors.demonstrations import make_start
 from actors.learning import (
     Origin,
     Update,
@@ -39,11 +39,10 @@ from actors.learning import (
     end_update,
     last_good,
     publish,
-    supervise,
     take_up,
 )
 from actors.placement import check_fits, connect
-from actors.run_folder import RunFolder, report_early_end
+from actors.run_folder import RunFolder, report_early_end, serve_page
 from actors.stages import Outcomes, drive, record_stack, take_fingerprint, take_recorded, trial
 from configs.loader import load_recipe
 from configs.schema import Recipe
@@ -52,9 +51,7 @@ from envs.assets import ResolvedAssets, resolve_assets
 from envs.experts import require_experts
 from envs.fingerprint import differences, read_fingerprint
 from envs.protocol import held_out_cells, mcnemar, wilson
-from learners.checkpoint import is_intact
-from trajectories.codec import load_trajectory
-from trajectories.records import Cell, Trajectory
+from trajectories.records import Cell
 
 
 def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
@@ -75,8 +72,10 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
     connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe) if resume is None else RunFolder.resume(resume)
+    page = None
     crew = Crew()
     try:
+        page = serve_page(recipe.dashboard, folder)
         loop = prepare(recipe, folder, crew, assets)
         before = evaluate(loop, loop.start)
         match recipe.schedule:
@@ -94,6 +93,8 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
     finally:
         crew.dismiss()
         folder.release()
+        if page is not None:
+            page.stop()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,20 +164,6 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
     return Loop(
         recipe=recipe, folder=folder, crew=crew, origin=origin, start=start, good=good, first_round=first
     )
-
-
-def make_start(recipe: Recipe, folder: RunFolder, crew: Crew) -> tuple[Path, list[Trajectory], bool]:
-    """The checkpoint of the supervised start, its demonstrations, and whether the learner was trained just now."""
-    checkpoint = folder.checkpoints / "start"
-    if recipe.start is not None:
-        checkpoint = Path(recipe.start) / "checkpoints" / "start"
-        saved = sorted((Path(recipe.start) / "demonstrations").iterdir())
-        return checkpoint, [load_trajectory(path) for path in saved], False
-    demos = demonstrate(crew, folder, recipe) if recipe.demonstrated else []
-    if folder.resumed and is_intact(checkpoint):
-        return checkpoint, demos, False
-    supervise(crew, folder, demos, steps=recipe.supervised.steps)
-    return checkpoint, demos, True
 
 
 def collect(loop: Loop, good: Version, index: int) -> Outcomes:

@@ -22,7 +22,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from configs.schema import DeadlinePart
+from configs.operation import DeadlinePart
 from configs.world import DemonstrationPart, EnvironmentPart
 from envs.assets import ResolvedAssets
 from envs.deadlines import Deadlines

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from configs.loader import dump_recipe
+from configs.operation import PagePart
 from configs.schema import Recipe
 from dashboard.report import write_report
+from dashboard.server import Dashboard
 from preferences.lock import FolderLock
 from trajectories.journal import Journal, read_journal
 
@@ -179,3 +181,14 @@ def report_early_end(run: Path) -> None:
         log.warning("the run ended early; what it did until then is in %s", write_report(run))
     except (OSError, ValueError) as error:
         log.warning("the run ended early, and its report could not be written: %s", error)
+
+
+def serve_page(part: PagePart, folder: RunFolder) -> Dashboard | None:
+    """The run's live page, from a thread of this process; says where it is. Raises DashboardError when it cannot be
+    served as the recipe asks."""
+    if not part.serve:
+        return None
+    page = Dashboard(folder.path, host=part.host, port=part.port)
+    page.start()
+    log.info("watch the run at %s", page.url)
+    return page

@@ -55,8 +55,10 @@ NOTHING = (
 PUBLISHED_ARMS = ("sft", "dpo-dora", "dpo-lora")
 SEEDS = ("seed", "demonstrations.seed")
 """Settings in which the runs of one arm differ."""
-_PLACES = ("name", "root", "start")
-"""Settings that say where a run lies, not what it does."""
+_PLACES = ("name", "root", "start", "rollouts.least_actors", "rollouts.release_after_s")
+"""Settings that say where a run lies and who is at work on it, not what it does."""
+_ASIDE = ("dashboard.", "deadlines.", "tracking.")
+"""Parts that change nothing in what it does."""
 _OF_UPDATES = ("preference.", "adapter.", "guard.")
 """Parts that an update alone reads."""
 
@@ -90,8 +92,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
     told = flat(recipe.model_dump(mode="json"), "")
     weights = [value for path, value in told.items() if re.fullmatch(r"preference\.\w+_weight", path)]
-    unread = () if any(weights) else _OF_UPDATES
-    return {path: v for path, v in told.items() if path not in _PLACES and not path.startswith(unread)}
+    unread: tuple[str, ...] = () if any(weights) else _OF_UPDATES
+    return {
+        path: v for path, v in told.items() if path not in _PLACES and not path.startswith((*unread, *_ASIDE))
+    }
 
 
 def recipe_hash(recipe: Recipe) -> str:

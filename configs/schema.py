@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from configs.operation import DeadlinePart, PagePart
 from configs.part import Part
 from configs.policy import PolicyPart
 from configs.supervised import CapabilityPart, SupervisedPart
@@ -100,14 +101,6 @@ class GuardPart(Part):
     canary_significance: float = Field(
         0.05, gt=0, lt=0.5, description="roll back when one-sided exact McNemar says worse at this level"
     )
-
-
-class DeadlinePart(Part):
-    """Longest that a call into a simulator may take before its process is ended and its episodes are run again."""
-
-    reset_s: float = Field(300.0, gt=0, description="seconds for building or resetting a simulator")
-    step_s: float = Field(60.0, gt=0, description="seconds for the control steps of one chunk")
-    render_s: float = Field(60.0, gt=0, description="seconds for drawing one observation")
 
 
 class RolloutPart(Part):
@@ -226,6 +219,7 @@ class Recipe(Part):
     serving: ServingPart = ServingPart()
     learner: LearnerPart = LearnerPart()
     evaluation: EvaluationPart = EvaluationPart()
+    dashboard: PagePart = PagePart()
 
     @model_validator(mode="after")
     def _reference_is_known(self) -> Recipe:

@@ -13,7 +13,7 @@ from actors.fleet import Fleet
 from actors.members import FleetLostError
 from actors.placement import connect
 from actors.rollout import RolloutActor, Rollouts
-from configs.schema import DeadlinePart
+from configs.operation import DeadlinePart
 from configs.world import EnvironmentPart
 from envs.assets import resolve_assets
 from trajectories.records import Cell
