@@ -181,6 +181,7 @@ def dashboard(
     """Serve a run's live page until Ctrl-C; its address, with the token, goes to stderr."""
     with one_line_errors():
         page = Dashboard(run, host=host, port=port, compare=compare or ())
+        page.start()
         typer.echo(f"pairloom: {run} is shown at {page.url} (Ctrl-C ends)", err=True)
         page.serve_forever()
 

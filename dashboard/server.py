@@ -45,6 +45,7 @@ IDLE_POLL_S = 5.0
 """With nobody watching: enough that the first look does not wait for hours of lines."""
 TOKEN_VARIABLE = "PAIRLOOM_DASHBOARD_TOKEN"
 START_DEADLINE_S = 20.0
+STOP_DEADLINE_S = 5.0
 
 
 class DashboardError(RuntimeError):
@@ -96,7 +97,8 @@ class Dashboard:
         self._boot = secrets.token_hex(4)
         self._watchers = 0
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._started = False
+        self._ended = threading.Event()
         config = uvicorn.Config(
             self._application(),
             log_level="warning",
@@ -116,38 +118,41 @@ class Dashboard:
 
     def start(self) -> None:
         """Serve from a daemon thread; returns once requests are answered. Raises DashboardError when that fails."""
-        thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="dashboard", daemon=True
-        )
-        thread.start()
-        self._thread = thread
-        waited = threading.Event()
+        self._started = True
+        threading.Thread(target=self._serve, name="dashboard", daemon=True).start()
         for _ in range(int(START_DEADLINE_S / 0.02)):
             if self._server.started:
                 return
-            if not thread.is_alive():
+            if self._ended.wait(0.02):
                 break
-            waited.wait(0.02)
         raise DashboardError(f"the dashboard did not start within {START_DEADLINE_S:.0f} s; try another port")
 
     def stop(self) -> None:
         """End the server and its thread; harmless when it never started."""
         self._closing = True
         self._server.should_exit = True
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        if self._started:
+            self._ended.wait(STOP_DEADLINE_S)
         self._socket.close()
 
     def serve_forever(self) -> None:
-        """Serve until Ctrl-C."""
-        self.start()
+        """Serve until Ctrl-C; starts the server unless it has been started."""
         try:
-            while self._thread is not None and self._thread.is_alive():
-                self._thread.join(timeout=1)
+            if not self._started:
+                self.start()
+            while not self._ended.wait(1):
+                pass
         except KeyboardInterrupt:
             pass
         finally:
             self.stop()
+
+    def _serve(self) -> None:
+        # Waited for by an event: a join that Ctrl-C interrupts takes the thread for ended (Python 3.11).
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self._ended.set()
 
     def _application(self) -> Starlette:
         @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -191,6 +192,21 @@ def test_tokens_are_new_each_time(run: Writer, monkeypatch: pytest.MonkeyPatch) 
 def test_a_port_that_is_none_is_refused(run: Writer, port: int) -> None:
     with pytest.raises(DashboardError, match=rf"port {port}: ports are 1 to 65535"):
         Dashboard(run.folder, port=port)
+
+
+def test_the_verb_serves_until_ctrl_c(run: Writer) -> None:
+    command = [sys.executable, "launch.py", "dashboard", str(run.folder)]
+    serving = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert serving.stderr is not None
+    said = serving.stderr.readline()
+    address = said.split(" is shown at ")[1].split(" ")[0]
+    host, _, token = address.removeprefix("http://").partition("/?token=")
+    connection = HTTPConnection(host, timeout=10)
+    connection.request("GET", "/api/state", headers=bearer(token))
+    assert connection.getresponse().status == 200
+    serving.send_signal(signal.SIGINT)
+    assert serving.communicate(timeout=60)[1] == ""
+    assert serving.returncode == 0
 
 
 def test_the_verb_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ export class Plot {
       const last = column.findLast((value) => value !== null);
       return `${one.label || this.title} ${this.values(last)}`;
     });
-    const where = this.data.x.length ? `latest at ${this.xLabel} ${this.xValues(this.data.x.at(-1))}: ${parts.join(", ")}` : "nothing recorded yet";
+    const where = this.data.x.length ? `latest at ${this.xLabel} ${this.xValues(this.data.x.at(-1))}: ${parts.join(", ")}` : "nothing recorded";
     return `${this.title}${this.unit ? `, ${this.unit}` : ""}; ${where}. Left and right arrows read values.`;
   }
 
@@ -104,7 +104,7 @@ export class Plot {
   clear() {
     this.plot?.destroy();
     this.plot = null;
-    this.area.replaceChildren(h("p", {}, "Nothing recorded yet"));
+    this.area.replaceChildren(h("p", {}, "Nothing recorded"));
   }
 
   rebuild() {

@@ -8,7 +8,8 @@ export function drawRun(data) {
   run = data;
   document.title = `${data.name} · Pairloom`;
   say(byId("name"), data.folder);
-  byId("status").className = `status ${data.status.replace(" ", "-")}`;
+  byId("standing").className = `status ${data.status.replace(" ", "-")}`;
+  say(byId("status"), standing(data));
   const warning = byId("warning");
   warning.hidden = !data.warning && !data.unreadable;
   const unreadable = data.unreadable ? `${count(data.unreadable, "line")} of the journals could not be read and ${data.unreadable === 1 ? "is" : "are"} left out.` : "";
@@ -19,20 +20,23 @@ export function drawRun(data) {
   tick();
 }
 
-/** Once a second: how long it has been going, and how long it has been silent. */
-export function tick() {
-  if (!run.status) return;
-  const parts = [`${SIGNS[run.status]} ${run.status}`];
-  if (run.status === "running" && run.doing?.what) {
-    const { what, round, step, steps, version } = run.doing;
+function standing(data) {
+  const parts = [`${SIGNS[data.status]} ${data.status}`];
+  if (data.status === "running" && data.doing?.what) {
+    const { what, round, step, steps, version } = data.doing;
     parts.push([what, round >= 0 ? `round ${round}` : "", step ? `step ${step}${steps ? ` of ${steps}` : ""}` : "", version >= 0 ? `version ${version}` : ""].filter(Boolean).join(", "));
-    if (run.latest) parts.push(`last line ${lasted(Date.now() / 1000 - run.latest)} ago`);
-  } else if (run.status === "ended early") parts.push("no process holds it, and it left no result");
-  if (run.started && run.latest) {
-    const until = run.status === "running" ? Math.max(Date.now() / 1000, run.latest) : run.latest;
-    parts.push(lasted(run.result?.wall_s ?? until - run.started));
   }
-  say(byId("status"), parts.join(" · "));
+  if (data.status === "ended early") parts.push("no process holds it, and it left no result");
+  return parts.join(" · ");
+}
+
+/** Once a second, and to nobody's ears: how long it has been going, and how long it has been silent. */
+export function tick() {
+  if (!run.started || !run.latest) return;
+  const now = Date.now() / 1000;
+  const running = run.status === "running";
+  const whole = lasted(run.result.wall_s ?? (running ? Math.max(now, run.latest) : run.latest) - run.started);
+  say(byId("since"), ` · ${whole}${running ? ` · last line ${lasted(Math.max(now - run.latest, 0))} ago` : ""}`);
 }
 
 function tiles(data) {

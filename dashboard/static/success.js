@@ -70,14 +70,23 @@ const mark = (kind) => s("svg", { class: "mark", viewBox: "-8 -8 16 16", "aria-h
 
 let at = [0, 0];
 let cells = [];
+const map = byId("heat");
+// One listener for thousands of cells.
+for (const kind of ["focusin", "mouseover"]) map.addEventListener(kind, (event) => {
+  const cell = event.target.closest("td");
+  if (!cell) return;
+  if (kind === "focusin") move(...cell.dataset.at.split(" ").map(Number));
+  say(byId("heat-says"), cell.getAttribute("aria-label"));
+});
+map.addEventListener("keydown", walk);
 
 export function drawHeat(data) {
   const states = [...new Set(data.tasks.flatMap((row) => row.cells.map((cell) => cell[0])))].sort((a, b) => a - b);
-  const focused = byId("heat").contains(document.activeElement) && document.activeElement.tagName === "TD";
+  const focused = map.contains(document.activeElement) && document.activeElement.tagName === "TD";
   const rows = data.tasks.map((row) => [row, new Map(row.cells.map((cell) => [cell[0], cell]))]);
   at = [Math.min(at[0], Math.max(rows.length - 1, 0)), Math.min(at[1], Math.max(states.length - 1, 0))];
   cells = rows.map(([row, by], r) => states.map((state, c) => cellOf(row, state, by.get(state), r, c)));
-  byId("heat").replaceChildren(rows.length ? h("table", { class: "heat", role: "grid", "aria-label": "Success rate by task and initial state" },
+  map.replaceChildren(rows.length ? h("table", { class: "heat", role: "grid", "aria-label": "Success rate by task and initial state" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, h("span", { class: "hidden" }, "task")), states.map((state) => h("th", { scope: "col", class: state % 5 ? "off" : "" }, h("span", {}, String(state)))))),
     h("tbody", {}, rows.map(([row], r) => h("tr", {}, h("th", { scope: "row" }, taskName(row)), cells[r]))),
   ) : h("p", { class: "none" }, "No episode driven by the policy yet"));
@@ -86,8 +95,7 @@ export function drawHeat(data) {
 
 function cellOf(row, state, cell, r, c) {
   const words = `${taskName(row)}, state ${state}: ${cell ? inWords(cell) : "not driven"}`;
-  const td = h("td", { tabindex: r === at[0] && c === at[1] ? 0 : -1, "aria-label": words, class: kindOf(cell), onkeydown: walk,
-    onfocus: () => { move(r, c); say(byId("heat-says"), words); }, onmouseenter: () => say(byId("heat-says"), words) });
+  const td = h("td", { tabindex: r === at[0] && c === at[1] ? 0 : -1, "aria-label": words, class: kindOf(cell), "data-at": `${r} ${c}` });
   if (cell?.[2]) td.style.setProperty("--share", String(cell[1] / cell[2]));
   return td;
 }
