@@ -1,0 +1,158 @@
+"""Actors of every kind and a node are killed while a run goes on: it ends with what the clean run ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.pipeline import train
+from configs.loader import load_recipe
+from tests.elastic import elastic_cluster
+from trajectories.journal import read_journal
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "recipes" / "one_task.yaml"
+CHANGES = [
+    *("tasks.train_init_states=[4..9]", "tasks.held_out_init_states=[40,41]", "guard.canary_episodes=8"),
+    *(
+        "guard.chosen_drop=1000",
+        "preference.steps=40",
+        "rollouts.rounds=1",
+        "rollouts.init_states_per_round=4",
+    ),
+    *("rollouts.samples_per_state=5", "rollouts.envs_per_actor=2", "learner.threads=1"),
+    # The answers to a batch depend in their last bits on who else is in it.
+    "serving.max_batch=1",
+]
+HELD = """
+import json, ray
+ray.init(log_to_driver=False)
+print(json.dumps([ray.available_resources(), ray.cluster_resources()]))
+"""
+
+
+def episodes(run: Path) -> Counter[tuple[str, int, str, bool]]:
+    """How often each episode is on record: phase, round, cell and weights, outcome."""
+    lines = read_journal(run / "episodes.jsonl")
+    return Counter((e["phase"], e["round"], e["trajectory_id"], e["success"]) for e in lines)
+
+
+def count(run: Path, phase: str) -> int:
+    return sum(e["phase"] == phase for e in read_journal(run / "episodes.jsonl"))
+
+
+def stages(run: Path) -> Counter[str]:
+    return Counter(m["stage"] for m in read_journal(run / "metrics.jsonl"))
+
+
+def hashes(run: Path) -> dict[int, str]:
+    return {m["version"]: m["hash"] for m in read_journal(run / "metrics.jsonl") if m["stage"] == "published"}
+
+
+def titled(folder: str, title: str) -> psutil.Process:
+    """A process of the cluster in this folder: a raylet, or a worker of one by its title."""
+    for raylet in psutil.process_iter():
+        try:
+            words = raylet.cmdline()
+            if not (words and words[0].endswith("/raylet") and any(folder in word for word in words)):
+                continue
+            if title == "raylet" and not any("--head" in word for word in words):
+                return raylet
+            for worker in raylet.children(recursive=True):
+                if any(word.startswith(title) for word in worker.cmdline()):
+                    return worker
+        except psutil.Error:  # it ended meanwhile
+            continue
+    raise LookupError(f"no {title} in the cluster of {folder}")
+
+
+class Chaos(threading.Thread):
+    """Kills one process after another, each once what it waits for has happened."""
+
+    def __init__(self, folder: str, plan: list[tuple[str, Callable[[], bool]]]) -> None:
+        super().__init__(daemon=True)
+        self._folder, self._plan = folder, plan
+        self.killed: list[str] = []
+
+    def run(self) -> None:
+        for title, due in self._plan:
+            while not due():
+                time.sleep(0.1)
+            os.kill(titled(self._folder, title).pid, signal.SIGKILL)
+            self.killed.append(title)
+            time.sleep(1.0)
+
+
+@pytest.mark.ray
+@pytest.mark.libero
+def test_kills_of_every_kind_cost_nothing(trained_run: Path, tmp_path: Path) -> None:
+    changes = [*CHANGES, f"start={trained_run}", f"root={tmp_path}"]
+    train(load_recipe(TINY, [*changes, "name=clean"]))
+    clean, run = tmp_path / "clean", tmp_path / "chaos"
+    plan: list[tuple[str, Callable[[], bool]]] = [
+        ("ray::Rollouts", lambda: count(run, "rollout") >= 2),
+        ("ray::PolicyServer", lambda: count(run, "rollout") >= 4),
+        ("raylet", lambda: count(run, "rollout") >= 8),  # a node, with the rollout actor on it
+        ("ray::Store", lambda: count(run, "rollout") >= 14),
+        ("ray::Learner", lambda: stages(run)["update"] >= 1),
+        ("ray::ShardServer", lambda: count(run, "canary") >= 1),
+        ("ray::PolicyServer", lambda: count(run, "canary") >= 2),
+    ]
+    worker: dict[str, Any] = {"CPU": 2, "object_store_memory": 100 << 20}
+    with elastic_cluster(head={"CPU": 1}, worker=worker, least=2, most=2) as environ:
+        folder = environ["RAY_TMPDIR"]
+        chaos = Chaos(folder, plan)
+        chaos.start()
+        done = subprocess.run(
+            [
+                *(sys.executable, "launch.py", "train", str(TINY), *changes, "name=chaos"),
+                *("rollouts.actors=2", "rollouts.cpus_per_actor=2"),
+            ],
+            cwd=ROOT,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=540,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert chaos.killed == [title for title, _ in plan]
+        deadline = time.monotonic() + 60
+        while True:  # until what the driver held is given back, and the new node is there
+            asked = subprocess.run(
+                [sys.executable, "-c", HELD], env=environ, capture_output=True, text=True, check=True
+            )
+            free, all_there_is = json.loads(asked.stdout.splitlines()[-1])
+            if free.get("CPU") == all_there_is["CPU"] == 5.0 or time.monotonic() > deadline:
+                break
+        assert free["CPU"] == all_there_is["CPU"] == 5.0
+        assert free["object_store_memory"] > 0.9 * all_there_is["object_store_memory"]
+
+    assert episodes(run) == episodes(clean)
+    assert set(episodes(run).values()) == {1}
+    assert hashes(run) == hashes(clean)
+    stored = [{path.name for path in (one / "trajectories").glob("*")} for one in (run, clean)]
+    assert stored[0] == stored[1]
+    pairs = [{p["pair_id"] for p in read_journal(one / "pairs.jsonl")} for one in (run, clean)]
+    assert pairs[0] == pairs[1] != set()
+    events = read_journal(run / "events.jsonl")
+    restarted = Counter(e["kind"] for e in events if e["event"] == "actor_restarted")
+    assert restarted["rollout"] >= 2
+    assert restarted["policy"] >= 1
+    assert restarted["learner"] == 1
+    assert {"node_lost", "node_joined"} <= {e["event"] for e in events}
+    served = [(e["version"], e["hash"]) for e in events if e["event"] == "serving"]
+    assert set(served) <= set(hashes(run).items())
+    assert served.count((0, hashes(run)[0])) >= 2  # again, by the one that took the killed one's place
