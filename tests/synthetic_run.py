@@ -243,8 +243,8 @@ class Writer:
 
     def mine(self, index: int, states: int) -> None:
         """What a round's mining found."""
-        only = max(1, int(states * (0.2 + 0.06 * index)))
-        fail = max(1, int(states * (0.35 - 0.05 * index)))
+        only = max(1, int(states * min(0.2 + 0.06 * index, 0.8)))
+        fail = max(1, int(states * max(0.35 - 0.05 * index, 0.0)))
         self.metric(
             "pairs",
             round=index,
