@@ -65,9 +65,12 @@ def save_checkpoint(
         (staging / METADATA).write_text(json.dumps(dict(metadata), indent=1, sort_keys=True))
         seal(staging, sequence=1 + _highest_sequence(folder))
         staging.rename(target)
-    except OSError:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+        raise OSError(
+            f"cannot write checkpoint {name} in {folder}: {error}; what was saved before is safe: make room or give "
+            "write permission, and resume the run"
+        ) from error
     _flush(folder)
     return target
 

@@ -30,8 +30,8 @@ OBJECT_STORE = 200 * 1024 * 1024
 def elastic_cluster(
     *, head: dict[str, Any], worker: dict[str, Any], least: int, most: int
 ) -> Iterator[dict[str, str]]:
-    """Start one; yields the environment for a driver on it, with the cluster's folder as RAY_TMPDIR. Every process of it
-    has that folder in its command line, or is a child of one that has."""
+    """Start one; yields the environment for a driver on it, with the cluster's folder as RAY_TMPDIR. Every process has
+    that folder in its command line, or is a child of one that has."""
     folder = tempfile.mkdtemp(prefix="pl-", dir="/tmp")
     config = Path(folder) / "cluster.json"
     config.write_text(json.dumps(_config(head, worker, least=least, most=most)))
