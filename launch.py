@@ -34,9 +34,9 @@ from envs.assets import check_pack, resolve_assets
 from envs.experts import NoExpertError
 from envs.fingerprint import FingerprintError
 from envs.protocol import ComparisonError, compare_episodes
-from learners.capability import CapabilityError, merged_once
+from learners import merging
+from learners.capability import CapabilityError
 from learners.capability import extract as extract_vector
-from learners.capability import merge as merge_vector
 from learners.checkpoint import CheckpointError
 from policies.parity.check import check_fixture
 from policies.parity.fixture import FixtureError, load_fixture
@@ -269,7 +269,7 @@ def merge(
 ) -> None:
     """Add ALPHA times a vector to the BASE it was extracted from."""
     with one_line_errors():
-        content = merge_vector(base, vector, alpha=alpha, out=out)
+        content = merging.merge(base, vector, alpha=alpha, out=out)
     typer.echo(json.dumps({"weights": str(out), "hash": content, "alpha": alpha}))
 
 
@@ -289,7 +289,7 @@ def train_apart(
             raise RecipeError("capability train needs --init, the weights to fine-tune")
         if vector is not None:
             root = load_recipe(recipe, changes).root
-            init = merged_once(init, vector, alpha=alpha, root=root)
+            init = merging.merged_once(init, vector, alpha=alpha, root=root)
             changes.append(f"capability.vector={vector}")
         changes.append(f"supervised.init={init}")
         result = run_training(load_recipe(recipe, changes))

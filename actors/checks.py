@@ -15,6 +15,7 @@ from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
 from learners.capability import recipe_of, verify_vector
 from learners.checkpoint import CheckpointError, verify
+from learners.merging import descends
 from policies.make import make_policy
 from policies.published import check_published
 from policies.weights.shards import ShardFolder
@@ -32,7 +33,10 @@ def check_policy(recipe: Recipe) -> int:
     if vector is not None:
         verify_vector(vector)
     if recipe.policy.checkpoint is not None:
-        return check_published(recipe.policy, image_size=recipe.environment.image_size)
+        size = check_published(recipe.policy, image_size=recipe.environment.image_size)
+        if vector is not None:
+            _check_base(recipe, vector)  # and so its weights are of this network, by name and shape
+        return size
     try:
         with torch.device("meta"):
             policy = make_policy(
@@ -45,7 +49,32 @@ def check_policy(recipe: Recipe) -> int:
         _check_init(recipe, recipe.supervised.init, shapes)
     if vector is not None:
         _check_weights("capability.vector", vector, shapes)
+        _check_base(recipe, vector)
     return 0
+
+
+def _check_base(recipe: Recipe, vector: str) -> None:
+    """Raise RecipeError unless what training begins with, or began with in the run whose start it is, is the vector's
+    base, or was merged from it."""
+    seen: list[str] = []
+    begins = _begins_with(recipe)
+    while begins is not None:
+        if descends(begins, vector):
+            return
+        seen.append(str(begins))
+        source = recipe_of(begins)
+        begins = _begins_with(load_recipe(source)) if source is not None else None
+    raise RecipeError(
+        f"capability.vector: {vector} was extracted from another base than {' and '.join(seen) or 'random weights'}, "
+        "which this run begins with; name a vector of these weights, or as supervised.init the base that it came from"
+    )
+
+
+def _begins_with(recipe: Recipe) -> Path | None:
+    if recipe.start is not None:
+        return Path(recipe.start) / "checkpoints" / "start"
+    begins = recipe.supervised.init or recipe.policy.checkpoint
+    return None if begins is None else Path(begins)
 
 
 def _check_init(recipe: Recipe, init: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

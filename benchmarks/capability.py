@@ -28,7 +28,8 @@ import typer
 from benchmarks.comparison import START, table
 from benchmarks.learning import check_held, last_version, rows_of, run_arm
 from configs.loader import RecipeError, load_recipe
-from learners.capability import extract, merged_once, read_manifest
+from learners.capability import extract, read_manifest
+from learners.merging import merged_once
 from trajectories.journal import Journal, read_journal
 
 PRE, FINE = Path("configs/quickstart.yaml"), Path("configs/capability.yaml")

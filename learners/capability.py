@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from learners import checkpoint
 from policies.weights.shards import ShardFolder, Stored, write_shard
 from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.hashing import root_hash, tensor_hash
 
 MANIFEST = "capability.json"
 FORMAT = 2
+BLOCK = 1 << 22
+"""Numbers that are widened to float32 at once."""
 
 
 class CapabilityError(ValueError):
@@ -95,7 +96,7 @@ def extract(
     stays behind. Differences are taken in float32. Raises CapabilityError where they share none, for a shape that
     differs, a weight that is not finite, or an `out` that exists.
     """
-    folders = {"base": _folder(base), "sft": _folder(sft), "aux": _folder(aux)}
+    folders = {"base": open_weights(base), "sft": open_weights(sft), "aux": open_weights(aux)}
     names = [
         n for n in folders["base"].tensors if n in folders["sft"].tensors and n in folders["aux"].tensors
     ]
@@ -112,22 +113,15 @@ def extract(
     def gamma_of(name: str) -> np.ndarray:
         found = {who: folder.read(name) for who, folder in folders.items()}
         for who, array in found.items():
-            _require_finite(array, name, where=str(folders[who].path))
+            require_finite(array, name, where=str(folders[who].path))
             hashes[who][name] = tensor_hash(array)
-        wide = {who: widen(array) for who, array in found.items()}
-        gamma, moved = wide["aux"] - wide["sft"], wide["sft"] - wide["base"]
-        kept = narrow(gamma, found["base"].dtype).reshape(gamma.shape)
-        _require_finite(kept, name, where=f"{aux} - {sft}")
+        kept, layers[name] = _difference(**found)
+        require_finite(kept, name, where=f"{aux} - {sft}")
         gammas[name] = tensor_hash(kept)
-        layers[name] = Geometry(
-            gamma_norm=float(np.linalg.norm(gamma)),
-            sft_norm=float(np.linalg.norm(moved)),
-            inner=float(np.vdot(gamma, moved)),
-        )
         return kept
 
-    with _staged(Path(out)) as staging:
-        _write(folders["base"], names, staging, gamma_of)
+    with staged(Path(out)) as staging:
+        write_like(folders["base"], names, staging, gamma_of)
         for who, folder in folders.items():
             for name in folder.tensors:
                 if name not in hashes[who]:
@@ -144,66 +138,33 @@ def extract(
     return manifest
 
 
-def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path) -> str:
-    """Write theta_meta = theta_pre + alpha gamma (Eq. 4) to the folder `out`, with `base`'s dtypes, files and
-    whatever else lies in its folder; returns its content hash.
-
-    Sums are taken in float32 and cast once. With alpha 0 the weights are those of `base` to the bit. Raises
-    CapabilityError for a vector of another base, a result that is not finite, or an `out` that exists.
-    """
-    theirs, gammas = _folder(base), _folder(vector)
-    _require_base(theirs, gammas.path)
-    _require_intact(gammas)
-    hashes: dict[str, str] = {}
-
-    def merged(name: str) -> np.ndarray:
-        array = theirs.read(name)
-        if alpha and name in gammas.tensors:
-            with np.errstate(over="ignore", invalid="ignore"):
-                total = widen(array) + np.float32(alpha) * widen(gammas.read(name))
-                array = narrow(total, array.dtype).reshape(array.shape)
-            _require_finite(array, name, where=f"{base} + {alpha:g} {vector}")
-        hashes[name] = tensor_hash(array)
-        return array
-
-    with _staged(Path(out)) as staging:
-        own = (theirs.path / checkpoint.METADATA).is_file()
-        replaced = (*theirs.files, *((checkpoint.MANIFEST,) if own else ()))
-        shutil.copytree(
-            theirs.path,
-            staging,
-            dirs_exist_ok=True,
-            ignore=lambda folder, _: replaced if Path(folder) == theirs.path else (),
-        )
-        _write(theirs, list(theirs.tensors), staging, merged)
-        if own:  # a run's own checkpoint: so is what comes of it
-            checkpoint.seal(staging, sequence=1)
-    return root_hash(hashes)
+def _difference(*, base: np.ndarray, sft: np.ndarray, aux: np.ndarray) -> tuple[np.ndarray, Geometry]:
+    """aux - sft in the dtype of base, and how it lies to sft - base; in float32, block by block."""
+    gamma, sums = np.empty_like(base), np.zeros(3)
+    flat = [array.reshape(-1) for array in (base, sft, aux)]
+    for part in blocks(gamma.size):
+        theirs, plain, helped = (widen(array[part]) for array in flat)
+        taught, moved = helped - plain, plain - theirs
+        gamma.reshape(-1)[part] = narrow(taught, gamma.dtype)
+        sums += [float(np.vdot(a, b)) for a, b in ((taught, taught), (moved, moved), (taught, moved))]
+    norms = np.sqrt(sums[:2])
+    return gamma, Geometry(gamma_norm=float(norms[0]), sft_norm=float(norms[1]), inner=float(sums[2]))
 
 
 def load_vector(vector: str | Path) -> dict[str, np.ndarray]:
     """A vector's tensors by weight, float32. Raises CapabilityError for a folder that is none, or an altered one."""
-    gammas = _folder(vector)
-    _require_intact(gammas)
+    gammas = open_weights(vector)
+    require_intact(gammas)
     return {name: widen(gammas.read(name)) for name in gammas.tensors}
 
 
 def verify_vector(vector: str | Path) -> None:
     """Read a vector through, tensor by tensor. Raises CapabilityError as `load_vector`."""
-    _require_intact(_folder(vector))
+    require_intact(open_weights(vector))
 
 
-def _require_base(base: ShardFolder, vector: Path) -> None:
-    expected = read_manifest(vector).base_hash
-    found = root_hash({name: tensor_hash(base.read(name)) for name in base.tensors})
-    if found != expected:
-        raise CapabilityError(
-            f"{vector} was extracted from the base {expected[:12]}, {base.path} is {found[:12]}; merge it into the one "
-            "it came from"
-        )
-
-
-def _require_intact(gammas: ShardFolder) -> None:
+def require_intact(gammas: ShardFolder) -> None:
+    """Raise CapabilityError unless a vector hashes to what it says."""
     manifest = read_manifest(gammas.path)
     held = root_hash({name: tensor_hash(gammas.read(name)) for name in gammas.tensors})
     if held != manifest.gamma_hash:
@@ -211,21 +172,6 @@ def _require_intact(gammas: ShardFolder) -> None:
             f"{gammas.path} is incomplete or altered: it hashes to {held[:12]}, {MANIFEST} says "
             f"{manifest.gamma_hash[:12]}; extract it again"
         )
-
-
-def merged_once(base: str | Path, vector: str | Path, *, alpha: float, root: str | Path) -> Path:
-    """The folder below `root` that holds theta_pre + alpha gamma, made unless it is there; see `merge`, whose refusals
-    hold either way. It lies as a run's start does, beside the recipe of `base`'s run where that is one's."""
-    manifest = read_manifest(vector)
-    _require_base(_folder(base), Path(vector))
-    run = Path(root) / f"meta-{manifest.base_hash[:8]}-{manifest.gamma_hash[:8]}-{alpha!r}"
-    out = run / "checkpoints" / "start"
-    if not out.exists():
-        merge(base, vector, alpha=alpha, out=out)
-        recipe = recipe_of(base)
-        if recipe is not None:
-            shutil.copyfile(recipe, run / recipe.name)
-    return out
 
 
 def read_manifest(vector: str | Path) -> Manifest:
@@ -254,14 +200,17 @@ def _recipe_hash(weights: Path) -> str:
     return hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe is not None else ""
 
 
-def _folder(path: str | Path) -> ShardFolder:
+def open_weights(path: str | Path) -> ShardFolder:
+    """A folder of weights. Raises CapabilityError for one that is none."""
     try:
         return ShardFolder(path)
     except ValueError as error:
         raise CapabilityError(str(error)) from error
 
 
-def _write(like: ShardFolder, names: list[str], folder: Path, array_of: Callable[[str], np.ndarray]) -> None:
+def write_like(
+    like: ShardFolder, names: list[str], folder: Path, array_of: Callable[[str], np.ndarray]
+) -> None:
     """Write these of `like`'s tensors, file by file as they lie there, as `array_of` gives them."""
     for file in like.files:
         here: dict[str, Stored] = {n: like.tensors[n] for n in names if like.tensors[n].file == file}
@@ -270,7 +219,7 @@ def _write(like: ShardFolder, names: list[str], folder: Path, array_of: Callable
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes it in one rename, or nothing."""
     if out.exists():
         raise CapabilityError(f"{out} exists; name another folder or remove it first")
@@ -285,7 +234,13 @@ def _staged(out: Path) -> Iterator[Path]:
         raise
 
 
-def _require_finite(array: np.ndarray, name: str, *, where: str) -> None:
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover `size` numbers, BLOCK at a time."""
+    return (slice(start, start + BLOCK) for start in range(0, size, BLOCK))
+
+
+def require_finite(array: np.ndarray, name: str, *, where: str) -> None:
+    """Raise CapabilityError counting what is not finite."""
     bad = array.size - int(is_finite(array).sum())
     if bad:
         raise CapabilityError(f"{where}: {name} has {bad} non-finite of {array.size} values")

@@ -26,7 +26,7 @@ def test_rollout_nodes_come_and_go_with_the_work(trained_run: Path, tmp_path: Pa
         *("tasks.held_out_init_states=[40]", "guard.canary_episodes=4", "preference.steps=60"),
         *("rollouts.rounds=1", "rollouts.init_states_per_round=4", "rollouts.samples_per_state=5"),
         *("rollouts.actors=4", "rollouts.least_actors=1", "rollouts.envs_per_actor=1"),
-        *("rollouts.cpus_per_actor=2", "rollouts.release_after_s=3", "learner.threads=1"),
+        *("rollouts.cpus_per_actor=2", "rollouts.release_after_s=3"),
     ]
     # Half a processor each for the learner and the policy actor; rollout actors find room on other nodes alone.
     worker = {"CPU": 2, "object_store_memory": 100 << 20}

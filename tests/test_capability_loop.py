@@ -4,6 +4,7 @@ supervised start and in an online round; as small as it gets."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 from actors.pipeline import train
 from configs.loader import RecipeError, load_recipe
 from launch import app
-from learners.capability import CapabilityError, extract, merged_once
+from learners.capability import CapabilityError, extract
 from learners.checkpoint import load_checkpoint
+from learners.merging import merged_once
 from tests.test_paradigm_loops import LITTLE, TINY, metrics
 from trajectories.codec import load_trajectory
 
@@ -121,6 +123,17 @@ def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Pat
     others = ["tasks.demo_init_states=[1]", "tasks.train_init_states=[1]"]
     with pytest.raises(RecipeError, match=r"supervised.init: .* was trained on the initial states \[0\]"):
         train(load_recipe(TINY, [*same, "tasks.held_out_init_states=[0]", *others]))
+    elsewhere = [*LITTLE, f"root={root}", "name=other", "rollouts.rounds=0", f"capability.vector={vector}"]
+    with pytest.raises(
+        RecipeError, match=r"capability.vector: .* was extracted from another base than random weights"
+    ):
+        train(load_recipe(TINY, elsewhere))
+    refilled = root / "refilled"
+    shutil.copytree(start(root, "sft"), refilled)
+    with pytest.raises(
+        RecipeError, match=rf"was extracted from another base than {refilled}, which this run begins"
+    ):
+        train(load_recipe(TINY, [*elsewhere, f"supervised.init={refilled}"]))
     with pytest.raises(CapabilityError, match="no capability vector"):
         train(load_recipe(TINY, [*alone, f"capability.vector={start(root, 'base')}"]))
     assert not (root / "other").exists()

@@ -32,7 +32,7 @@ CHANGES = [
         "rollouts.rounds=1",
         "rollouts.init_states_per_round=4",
     ),
-    *("rollouts.samples_per_state=5", "rollouts.envs_per_actor=2", "learner.threads=1"),
+    *("rollouts.samples_per_state=5", "rollouts.envs_per_actor=2"),
     # The answers to a batch depend in their last bits on who else is in it.
     "serving.max_batch=1",
 ]

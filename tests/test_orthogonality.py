@@ -11,8 +11,9 @@ import torch
 from configs.loader import RecipeError, load_recipe
 from configs.schema import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
-from learners.capability import extract, load_vector, merge
+from learners.capability import extract, load_vector
 from learners.checkpoint import load_checkpoint, save_checkpoint
+from learners.merging import merge
 from learners.orthogonality import FLOOR, AdapterPenalty, FullPenalty
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner

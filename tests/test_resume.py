@@ -34,7 +34,6 @@ CHANGES = [
     "rollouts.rounds=2",
     # The answers to a batch depend in their last bits on who else is in it.
     "serving.max_batch=1",
-    "learner.threads=1",
     "rollouts.init_states_per_round=2",
 ]
 
