@@ -43,6 +43,7 @@ from actors.stages import (
     take_recorded,
     trial,
 )
+from actors.trackers import check_tracking
 from configs.loader import load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
@@ -63,6 +64,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
+    check_tracking(recipe.tracking)
     size = check_policy(recipe)
     assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:

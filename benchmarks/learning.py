@@ -57,6 +57,8 @@ SEEDS = ("seed", "demonstrations.seed")
 """Settings in which the runs of one arm differ."""
 _PLACES = ("name", "root", "start")
 """Settings that say where a run lies, not what it does."""
+_OF_NO_OUTCOME = ("tracking.", "dashboard.")
+"""Parts that say where a run is looked at, and change nothing of what it does."""
 _OF_UPDATES = ("preference.", "adapter.", "guard.")
 """Parts that an update alone reads."""
 
@@ -90,7 +92,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
     told = flat(recipe.model_dump(mode="json"), "")
     weights = [value for path, value in told.items() if re.fullmatch(r"preference\.\w+_weight", path)]
-    unread = () if any(weights) else _OF_UPDATES
+    unread = _OF_NO_OUTCOME + (() if any(weights) else _OF_UPDATES)
     return {path: v for path, v in told.items() if path not in _PLACES and not path.startswith(unread)}
 
 

@@ -162,6 +162,20 @@ class EvaluationPart(Part):
         return self
 
 
+class TrackingPart(Part):
+    """Where the run's metrics go beside its folder. What is set here changes no outcome."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard event files to <run>/tensorboard/")
+    prometheus: bool = Field(
+        True,
+        description="export gauges and counters through Ray, as ray_pairloom_... (dashboard/grafana.json)",
+    )
+    wandb: str | None = Field(
+        None,
+        description="project of Weights & Biases (an extra: `pip install '.[wandb]'`); none: not logged there",
+    )
+
+
 class Recipe(Part):
     """A whole run."""
 
@@ -194,6 +208,7 @@ class Recipe(Part):
     serving: ServingPart = ServingPart()
     learner: LearnerPart = LearnerPart()
     evaluation: EvaluationPart = EvaluationPart()
+    tracking: TrackingPart = TrackingPart()
 
     @model_validator(mode="after")
     def _reference_is_known(self) -> Recipe:
