@@ -44,6 +44,7 @@ from actors.learning import (
 from actors.placement import check_fits, connect
 from actors.run_folder import RunFolder, report_early_end, serve_page
 from actors.stages import Outcomes, drive, record_stack, take_fingerprint, take_recorded, trial
+from actors.trackers import check_tracking
 from configs.loader import load_recipe
 from configs.schema import Recipe
 from dashboard.report import write_report
@@ -63,6 +64,7 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
     demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
+    check_tracking(recipe.tracking)
     size = check_policy(recipe)
     assets = resolve_assets(recipe.environment.assets)
     if recipe.start is not None:
@@ -71,7 +73,7 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
-    folder = RunFolder.create(recipe) if resume is None else RunFolder.resume(resume)
+    folder = RunFolder.create(recipe) if resume is None else RunFolder.resume(resume, recipe)
     page = None
     crew = Crew()
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from actors.trackers import Trackers, check_tracking, start_trackers
 from configs.loader import dump_recipe
 from configs.operation import PagePart
 from configs.schema import Recipe
@@ -35,8 +36,8 @@ PLAIN_EVERY_S = 10.0
 
 class RunFolder:
     """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/ (the
-    start and every version's adapter), learner/ (its state after the last updates), demonstrations/, result.json,
-    run.lock; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock
+    start and every version's adapter), learner/ (its state after the last updates), demonstrations/, tensorboard/,
+    result.json, run.lock; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock
     and, where a file was found damaged, quarantine/; the report's report.md, plots/ and videos/."""
 
     def __init__(self, path: Path, lock: FolderLock | None = None, *, resumed: bool = False) -> None:
@@ -47,13 +48,16 @@ class RunFolder:
         self._metrics = Journal(path / "metrics.jsonl")
         self._episodes = Journal(path / "episodes.jsonl")
         self._events = Journal(path / "events.jsonl")
+        self._trackers: Trackers | None = None
 
     @classmethod
     def create(cls, recipe: Recipe) -> RunFolder:
         """Make the folder for a new run. An earlier run of the same name is moved aside, never overwritten.
 
-        Raises FolderLockedError when that run still goes on, and OSError when the folder cannot be written.
+        Raises FolderLockedError when that run still goes on, OSError when the folder cannot be written, and RecipeError
+        for a tracker that cannot be logged to.
         """
+        check_tracking(recipe.tracking)
         root = Path(recipe.root).resolve()
         path = root / recipe.name
         if path.exists():
@@ -66,7 +70,9 @@ class RunFolder:
         (path / "demonstrations").mkdir(parents=True)
         lock = FolderLock(path / LOCK)
         dump_recipe(recipe, path / "recipe.yaml")
-        return cls(path, lock)
+        folder = cls(path, lock)
+        folder.track(recipe)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -74,12 +80,21 @@ class RunFolder:
         return cls(path, FolderLock(path / LOCK))
 
     @classmethod
-    def resume(cls, path: Path) -> RunFolder:
+    def resume(cls, path: Path, recipe: Recipe) -> RunFolder:
         """The folder of a run that did not end, to go on in. Raises FolderLockedError when it still goes on."""
-        return cls(path, FolderLock(path / LOCK, wait_s=OWNER_ENDS_S), resumed=True)
+        folder = cls(path, FolderLock(path / LOCK, wait_s=OWNER_ENDS_S), resumed=True)
+        folder.track(recipe)
+        return folder
+
+    def track(self, recipe: Recipe) -> None:
+        """Send what is recorded from now on to the recipe's trackers too; what is recorded already counts."""
+        episodes, events = (read_journal(self.path / f"{name}.jsonl") for name in ("episodes", "events"))
+        self._trackers = start_trackers(recipe, self.path, episodes=episodes, events=events)
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Let others have the folder, and end its tracking."""
+        if self._trackers is not None:
+            self._trackers.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -119,15 +134,23 @@ class RunFolder:
         return round(sum(m["env_steps"] for m in lines) / seconds, 1) if seconds else 0.0
 
     def metric(self, stage: str, **numbers: Any) -> None:
-        self._metrics.append({"time": round(time.time(), 3), "stage": stage, **numbers})
+        line = {"time": round(time.time(), 3), "stage": stage, **numbers}
+        self._metrics.append(line)
+        if self._trackers is not None:
+            self._trackers.metric(line)
 
     def episode(self, phase: str, round_index: int, record: dict[str, Any]) -> None:
         line = {"phase": phase, "round": round_index, "time": round(time.time(), 3), **record}
         self._episodes.append(line)
+        if self._trackers is not None:
+            self._trackers.episode(line)
 
     def event(self, event: dict[str, Any]) -> None:
         """Record something a person should know, and say it."""
-        self._events.append({"time": round(time.time(), 3), **event})
+        line = {"time": round(time.time(), 3), **event}
+        self._events.append(line)
+        if self._trackers is not None:
+            self._trackers.event(line)
         log.warning("%s", " ".join(f"{key}={value}" for key, value in event.items()))
 
     def write_json(self, name: str, value: Any) -> str:

@@ -24,3 +24,17 @@ class PagePart(Part):
         description="where it listens; another than loopback needs a token of your own in PAIRLOOM_DASHBOARD_TOKEN",
     )
     port: int | None = Field(None, ge=1, le=65535, description="none: the first free one from 8266 up")
+
+
+class TrackingPart(Part):
+    """Where the run's metrics go beside its folder. What is set here changes no outcome."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard event files to <run>/tensorboard/")
+    prometheus: bool = Field(
+        True,
+        description="export gauges and counters through Ray, as ray_pairloom_... (dashboard/grafana.json)",
+    )
+    wandb: str | None = Field(
+        None,
+        description="project of Weights & Biases (an extra: `pip install '.[wandb]'`); none: not logged there",
+    )

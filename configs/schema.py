@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.operation import DeadlinePart, PagePart
+from configs.operation import DeadlinePart, PagePart, TrackingPart
 from configs.part import Part
 from configs.policy import PolicyPart
 from configs.supervised import CapabilityPart, SupervisedPart
@@ -220,6 +220,7 @@ class Recipe(Part):
     learner: LearnerPart = LearnerPart()
     evaluation: EvaluationPart = EvaluationPart()
     dashboard: PagePart = PagePart()
+    tracking: TrackingPart = TrackingPart()
 
     @model_validator(mode="after")
     def _reference_is_known(self) -> Recipe:

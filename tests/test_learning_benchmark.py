@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import learning
 from benchmarks.comparison import START, table
-from benchmarks.learning import ARMS, check_held, measure, overrides_of, recipe_hash
+from benchmarks.learning import ARMS, check_held, measure, overrides_of, recipe_hash, settings
 from benchmarks.paradigms import row
 from benchmarks.updates import VARIANTS, recipe_for
 from configs.loader import RecipeError, dump_recipe, load_recipe
@@ -77,6 +77,15 @@ def test_a_start_s_own_run_learns_nothing_and_so_reads_no_setting_of_an_update()
     )
     assert one.rollouts.rounds == 1
     assert recipe_hash(one) == recipe_hash(other)
+
+
+def test_where_a_run_is_looked_at_is_no_part_of_its_recipe() -> None:
+    one, other = (
+        load_recipe(RECIPE, overrides_of("x", "sft", 0, Path("r"), changes))
+        for changes in ([], ["tracking.tensorboard=false", "tracking.wandb=pairs"])
+    )
+    assert recipe_hash(one) == recipe_hash(other)
+    assert not any(path.startswith(("tracking.", "dashboard.")) for path in settings(one))
 
 
 def test_arms_differ_in_what_they_learn_from() -> None:
