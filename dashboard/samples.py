@@ -63,6 +63,8 @@ class Samples:
         self._steps_per_round = steps_per_round
         self._env_steps = 0
         self._totals: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        self._uncounted: dict[tuple[str, tuple[tuple[str, str], ...]], None] = {}
+        """Counters, by key and labels, whose totals are on no curve yet, oldest first."""
         self._rates: dict[tuple[str, str, str], Rate] = {}
         """(phase, task, version) -> its episodes without a fault."""
         self._unsaid: dict[tuple[str, str, str], None] = {}
@@ -80,6 +82,7 @@ class Samples:
         for event in events:
             self.event(event)
         self._unsaid.clear()
+        self._uncounted.clear()
 
     def episode(self, record: Mapping[str, Any]) -> list[Sample]:
         """Of one line of episodes.jsonl; none of an episode that an earlier process has recorded."""
@@ -144,11 +147,10 @@ class Samples:
         """Success rates and counts of episodes that are on no curve yet."""
         found = [s for key in self._unsaid for s in self._rate(key, step=self._env_steps)]
         self._unsaid.clear()
-        for (key, labels), total in self._totals.items():
-            if key in ("episodes", "env_steps"):
-                found.append(
-                    Sample(metric=METRICS[key], value=total, labels=dict(labels), step=self._env_steps)
-                )
+        for key, labels in self._uncounted:
+            total = self._totals[key, labels]
+            found.append(Sample(metric=METRICS[key], value=total, labels=dict(labels), step=self._env_steps))
+        self._uncounted.clear()
         return found
 
     def _update(self, line: Mapping[str, Any]) -> list[Sample]:
@@ -199,6 +201,8 @@ class Samples:
         """`by` more of a counter; on its curve at the steps so far, unless not `on_curve`."""
         total = (key, tuple(labels.items()))
         self._totals[total] += by
+        if not on_curve:
+            self._uncounted[total] = None
         return Sample(
             metric=METRICS[key],
             value=self._totals[total],

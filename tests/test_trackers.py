@@ -86,7 +86,7 @@ def test_tensorboard_reads_back_what_a_run_recorded(tmp_path: Path) -> None:
     assert curve(events, "success/rollout/libero_object/0") == [(400, 0.3333)]
     assert curve(events, "success_low/rollout/libero_object/0") == [(400, 0.0615)]
     assert curve(events, "success_high/rollout/libero_object/0") == [(400, 0.7923)]
-    assert curve(events, "episodes/rollout/timeout")[0] == (400, 2.0)
+    assert curve(events, "episodes/rollout/timeout") == [(400, 2.0)]
     assert curve(events, "rollouts/env_steps_per_s") == [(400, 93.1)]
     assert curve(events, "serving/batch_fill/all") == [(400, 3.5)]
     assert [step for step, _ in curve(events, "update/loss")] == [10, 20, 30, 40]
