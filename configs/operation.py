@@ -36,5 +36,5 @@ class TrackingPart(Part):
     )
     wandb: str | None = Field(
         None,
-        description="project of Weights & Biases (an extra: `pip install '.[wandb]'`); none: not logged there",
+        description="project of Weights & Biases, which is the extra `wandb`; none: not logged there",
     )

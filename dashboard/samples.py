@@ -63,12 +63,16 @@ class Samples:
         self._steps_per_round = steps_per_round
         self._env_steps = 0
         self._totals: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        self._uncounted: dict[tuple[str, tuple[tuple[str, str], ...]], None] = {}
+        """Counters, by key and labels, whose totals are on no curve yet, oldest first."""
         self._rates: dict[tuple[str, str, str], Rate] = {}
         """(phase, task, version) -> its episodes without a fault."""
         self._unsaid: dict[tuple[str, str, str], None] = {}
         """Those that changed since they last were on a curve, oldest first."""
         self._replayed: set[tuple[str, str]] = set()
         """(phase, trajectory id) of what an earlier process recorded, which a resumed run may record again."""
+        self._in_force: Any = None
+        """The version in force, once one is."""
         self._quarantined: set[str] = set()
         self._pending: set[str] = set()
 
@@ -80,6 +84,7 @@ class Samples:
         for event in events:
             self.event(event)
         self._unsaid.clear()
+        self._uncounted.clear()
 
     def episode(self, record: Mapping[str, Any]) -> list[Sample]:
         """Of one line of episodes.jsonl; none of an episode that an earlier process has recorded."""
@@ -114,8 +119,9 @@ class Samples:
         if stage == "fleet":
             return self._fleet(line)
         if stage == "published":
-            first = {"version_in_force": 0} if line.get("version") == 0 else {}
-            return self._gauges({"merge_drift": line.get("merge_drift"), **first})
+            if self._in_force is None:  # the start's own; a later version is in force once it is promoted
+                self._in_force = line.get("version")
+            return self._gauges({"merge_drift": line.get("merge_drift"), "version_in_force": self._in_force})
         if stage == "demonstration":
             return self._gauges({"demonstrations": line.get("episodes")})
         if stage in _SWEEPS or stage.startswith("evaluation"):
@@ -136,19 +142,19 @@ class Samples:
             return []
         key, labels = _COUNTED[name]
         found = [self._count(key, labels)]
-        if name == "promoted":
-            found += self._gauges({"version_in_force": event.get("version")})
+        if name in ("promoted", "resumed"):
+            self._in_force = event.get("version", self._in_force)
+            found += self._gauges({"version_in_force": self._in_force})
         return found
 
     def rest(self) -> list[Sample]:
         """Success rates and counts of episodes that are on no curve yet."""
         found = [s for key in self._unsaid for s in self._rate(key, step=self._env_steps)]
         self._unsaid.clear()
-        for (key, labels), total in self._totals.items():
-            if key in ("episodes", "env_steps"):
-                found.append(
-                    Sample(metric=METRICS[key], value=total, labels=dict(labels), step=self._env_steps)
-                )
+        for key, labels in self._uncounted:
+            total = self._totals[key, labels]
+            found.append(Sample(metric=METRICS[key], value=total, labels=dict(labels), step=self._env_steps))
+        self._uncounted.clear()
         return found
 
     def _update(self, line: Mapping[str, Any]) -> list[Sample]:
@@ -199,6 +205,8 @@ class Samples:
         """`by` more of a counter; on its curve at the steps so far, unless not `on_curve`."""
         total = (key, tuple(labels.items()))
         self._totals[total] += by
+        if not on_curve:
+            self._uncounted[total] = None
         return Sample(
             metric=METRICS[key],
             value=self._totals[total],
