@@ -71,6 +71,8 @@ class Samples:
         """Those that changed since they last were on a curve, oldest first."""
         self._replayed: set[tuple[str, str]] = set()
         """(phase, trajectory id) of what an earlier process recorded, which a resumed run may record again."""
+        self._in_force: Any = None
+        """The version in force, once one is."""
         self._quarantined: set[str] = set()
         self._pending: set[str] = set()
 
@@ -117,8 +119,9 @@ class Samples:
         if stage == "fleet":
             return self._fleet(line)
         if stage == "published":
-            first = {"version_in_force": 0} if line.get("version") == 0 else {}
-            return self._gauges({"merge_drift": line.get("merge_drift"), **first})
+            if self._in_force is None:  # the start's own; a later version is in force once it is promoted
+                self._in_force = line.get("version")
+            return self._gauges({"merge_drift": line.get("merge_drift"), "version_in_force": self._in_force})
         if stage == "demonstration":
             return self._gauges({"demonstrations": line.get("episodes")})
         if stage in _SWEEPS or stage.startswith("evaluation"):
@@ -139,8 +142,9 @@ class Samples:
             return []
         key, labels = _COUNTED[name]
         found = [self._count(key, labels)]
-        if name == "promoted":
-            found += self._gauges({"version_in_force": event.get("version")})
+        if name in ("promoted", "resumed"):
+            self._in_force = event.get("version", self._in_force)
+            found += self._gauges({"version_in_force": self._in_force})
         return found
 
     def rest(self) -> list[Sample]:

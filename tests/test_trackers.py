@@ -140,7 +140,7 @@ def test_a_line_of_the_fleet_gives_what_it_has(tmp_path: Path) -> None:
         ({"event": "renderer_quarantined"}, "faults/quarantines/renderer"),
         ({"event": "renderer_fell_back"}, "faults/renderer_fallbacks"),
         ({"event": "node_lost"}, "cluster/node_events/lost"),
-        ({"event": "resumed"}, "faults/resumes"),
+        ({"event": "requeued"}, "faults/requeued"),
     ],
 )
 def test_an_event_is_counted(event: dict[str, Any], tag: str) -> None:
@@ -166,6 +166,14 @@ def test_a_resumed_run_counts_on_and_no_episode_twice() -> None:
     assert found["success/rollout/libero_object/0"] == pytest.approx(2 / 3)
     assert found["episodes/rollout/success"] == 2
     assert values(samples.event({"event": "actor_restarted"})) == {"faults/restarts/rollout": 2}
+
+
+def test_the_version_in_force_outlives_the_driver() -> None:
+    samples = Samples(steps_per_round=1)
+    samples.replay([], [{"event": "promoted", "version": 3}])
+    assert values(samples.event({"event": "resumed"})) == {"faults/resumes": 1, "versions/in_force": 3}
+    # The start is published again, for the base of what is in force.
+    assert values(samples.metric({"stage": "published", "version": 0}))["versions/in_force"] == 3
 
 
 def test_what_is_no_number_gives_no_sample() -> None:
