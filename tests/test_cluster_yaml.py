@@ -82,3 +82,18 @@ def test_the_quoted_job_fits_the_nodes_that_are_always_up(cluster: dict[str, Any
     check_packs(asks, nodes)
     with pytest.raises(PlacementError):
         check_packs(asks, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["openvla_libero", "openvla_oft_libero", "pi0_libero", "pi05_libero", "ddvla_libero"]
+)
+def test_the_recipes_for_gpus_fit_the_nodes_that_it_may_grow_to(cluster: dict[str, Any], name: str) -> None:
+    nodes = [
+        {resource: float(amount) for resource, amount in kind["resources"].items()}
+        for kind in cluster["available_node_types"].values()
+        for _ in range(kind.get("max_workers", 1))
+    ]
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", ["policy.checkpoint=somewhere"])
+    check_packs(
+        (rollout_ask(recipe.rollouts), serving_ask(recipe.serving), learner_ask(recipe.learner)), nodes
+    )
