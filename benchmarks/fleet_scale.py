@@ -1,0 +1,196 @@
+"""A thousand rollout actors' worth of episodes, into the pair store and the live page: rate, and memory over time.
+
+    python -m benchmarks.fleet_scale [--actors 1000] [--episode-s 25] [--minutes 10] [--output FILE]
+
+What is real: Ray, the fleet that hands out cells, the store actor with its durable files, the run folder, the page with
+somebody watching it. What is not: the simulators and the policy. A few processes stand for all the rollout actors: each
+of their many slots waits as long as an episode takes, and gives back a trajectory of the quickstart's size.
+"""
+
+from __future__ import annotations
+
+import actors  # noqa: F401  (before ray: it settles how ray authenticates)
+
+# isort: split
+import asyncio
+import json
+import random
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import psutil
+import ray
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.crew import Crew
+from actors.fleet import Fleet
+from actors.placement import connect
+from actors.run_folder import RunFolder
+from actors.stages import drive
+from configs.loader import load_recipe
+from dashboard.server import Dashboard
+from trajectories.codec import episode_record
+from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
+
+QUICKSTART = Path("configs/quickstart.yaml")
+PROCESSES = 4
+DECISIONS, SIDE, CHUNK = 20, 64, 8
+STATES, TASKS = 30, 10
+HASH = "0" * 64
+
+
+@ray.remote(num_cpus=0.1)
+class ManyRollouts:
+    """Many rollout actors' slots in one process."""
+
+    def __init__(self, episode_s: float) -> None:
+        self._episode_s = episode_s
+        rows = np.linspace(0, 255, SIDE, dtype=np.uint8)
+        self._image = np.broadcast_to(rows[:, None, None], (SIDE, SIDE, 3)).copy()
+
+    async def rollout(self, cell: Cell, **_: Any) -> tuple[dict[str, Any], Trajectory]:
+        drawn = random.Random(cell.key)
+        await asyncio.sleep(self._episode_s * drawn.uniform(0.5, 1.5))
+        outcome = "success" if drawn.random() < 0.5 else "timeout"
+        trajectory = Trajectory(
+            cell=cell,
+            decisions=tuple(self._decision(drawn) for _ in range(DECISIONS)),
+            outcome=outcome,  # type: ignore[arg-type]
+            env_steps=DECISIONS * CHUNK,
+            policy_version=0,
+            policy_hash=HASH,
+        )
+        return episode_record(trajectory), trajectory
+
+    def _decision(self, drawn: random.Random) -> Decision:
+        moved = np.roll(self._image, drawn.randrange(SIDE), axis=1)
+        sample = ActionSample(
+            actions=np.zeros((CHUNK, 7), np.float32),
+            model_chunk=np.array([drawn.randrange(21) for _ in range(CHUNK * 7)], np.int64),
+            logps=np.full(CHUNK * 7, -1.0, np.float32),
+        )
+        seen = Observation(
+            agentview=moved, wrist=moved, proprio=np.zeros(8, np.float32), instruction="pick it up"
+        )
+        return Decision(observation=seen, sample=sample, executed=CHUNK)
+
+
+class Watcher(threading.Thread):
+    """Somebody with the page open: reads the stream of events to its end."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        parts = urlsplit(url)
+        self._request = urllib.request.Request(
+            f"{parts.scheme}://{parts.netloc}/api/events",
+            headers={"Authorization": f"Bearer {parse_qs(parts.query)['token'][0]}"},
+        )
+        self.received = 0
+
+    def run(self) -> None:
+        with urllib.request.urlopen(self._request) as stream:
+            while chunk := stream.read1(1 << 16):
+                self.received += len(chunk)
+
+
+def cells_of(minute: int, count: int) -> list[Cell]:
+    """Groups of four samples from one state, every minute with seeds of its own."""
+    return [
+        Cell(
+            suite="libero_object",
+            task_id=number // 4 % TASKS,
+            init_state=number // (4 * TASKS) % STATES,
+            seed=minute * 1_000_000 + number,
+        )
+        for number in range(count)
+    ]
+
+
+def memory_mib(pid: int) -> float:
+    return round(psutil.Process(pid).memory_info().rss / 2**20, 1)
+
+
+def store_pid() -> int:
+    """The store's process, among this driver's own."""
+    own = psutil.Process().children(recursive=True)
+    return next(p.pid for p in own if any(word.startswith("ray::Store") for word in p.cmdline()))
+
+
+def measure(
+    folder: RunFolder, crew: Crew, watcher: Watcher, *, rate: float, minutes: int
+) -> list[dict[str, Any]]:
+    """One row a minute of driving as many cells as `rate` a second asks for."""
+    rows = []
+    for minute in range(minutes):
+        started = time.monotonic()
+        out = drive(
+            crew,
+            folder,
+            cells_of(minute, int(60 * rate)),
+            version=0,
+            temperature=1.0,
+            phase="rollout",
+            round_index=minute,
+            keep=True,
+        )
+        rows.append(
+            {
+                "minute": minute,
+                "episodes": len(out.success),
+                "episodes_per_s": round(len(out.success) / out.wall_s, 1),
+                "wall_s": round(time.monotonic() - started, 1),
+                "store_mib": memory_mib(store_pid()),
+                "driver_and_page_mib": memory_mib(psutil.Process().pid),
+                "page_sent_mib": round(watcher.received / 2**20, 1),
+            }
+        )
+    return rows
+
+
+def main(
+    number: Annotated[int, typer.Option("--actors", help="rollout actors to stand for")] = 1000,
+    episode_s: Annotated[float, typer.Option(help="seconds of an episode, in the mean")] = 25.0,
+    minutes: Annotated[int, typer.Option(help="rounds of a minute each")] = 10,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+) -> None:
+    connect()
+    with tempfile.TemporaryDirectory() as root:
+        recipe = load_recipe(QUICKSTART, [f"root={root}", "name=scale"])
+        folder = RunFolder.create(recipe)
+        page = Dashboard(folder.path)
+        page.start()
+        watcher = Watcher(page.url)
+        watcher.start()
+        crew = Crew()
+        crew.start_store(str(folder.path), preference=recipe.preference, seed=0)
+        ray.get(crew.store.register_version.remote(0, HASH))
+        slots = number // PROCESSES
+        made = [ManyRollouts.options(max_concurrency=slots + 1).remote(episode_s) for _ in range(PROCESSES)]  # type: ignore[attr-defined]
+        crew.fleet = Fleet(made, slots=slots, timeout_s=600.0, on_event=folder.event)
+        try:
+            rows = measure(folder, crew, watcher, rate=number / episode_s, minutes=minutes)
+        finally:
+            crew.dismiss()
+            page.stop()
+            folder.release()
+    table = Table(title=f"{number} rollout actors, episodes of {episode_s:g} s")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+    if output is not None:
+        settings = {"actors": number, "episode_s": episode_s, "processes": PROCESSES}
+        output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
