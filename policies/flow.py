@@ -213,7 +213,11 @@ class FlowPolicy:
 
 
 def executable(chunk: np.ndarray) -> np.ndarray:
-    """A sampled chunk float [K, 7] as it is executed: clipped to [-1, 1], the gripper open (-1) or closed (1)."""
+    """A sampled chunk float [K, 7] as it is executed: clipped to [-1, 1], the gripper open (-1) or closed (1).
+
+    What is not finite becomes NaN, which the environment refuses: clipped, an overflow would pass for an action.
+    """
     actions = np.clip(chunk, -1, 1).astype(np.float32)
     actions[:, GRIPPER] = np.where(chunk[:, GRIPPER] > 0, 1, -1)
+    actions[~np.isfinite(chunk)] = np.nan
     return actions

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from objectives import dpo, flow_matching, flow_sde
+from policies.flow import executable
 
 SHAPE = (2, 3)
 CLEAN = torch.tensor([[0.5, -1.0, 0.0], [2.0, 0.3, -0.7]])
@@ -191,3 +193,12 @@ def test_the_action_taken_gets_no_gradient() -> None:
     slope = -0.5 * (1 + 0.25 * 0.5 / (2 * 0.5))
     std = 0.5 * math.sqrt(0.5)
     assert gradient[0].tolist() == pytest.approx([slope / std, -slope / std], abs=1e-5)
+
+
+def test_what_overflowed_is_not_executed_as_an_action() -> None:
+    chunk = np.array([[0.5, 3.0, np.inf, -np.inf, np.nan, -2.0, np.nan], [0, 0, 0, 0, 0, 0, 0.2]])
+    actions = executable(chunk)
+    np.testing.assert_array_equal(
+        actions[0], np.array([0.5, 1, np.nan, np.nan, np.nan, -1, np.nan], np.float32)
+    )
+    np.testing.assert_array_equal(actions[1], np.array([0, 0, 0, 0, 0, 0, 1], np.float32))
