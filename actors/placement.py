@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
-from ray.exceptions import RayTaskError
+from ray.exceptions import AuthenticationError, RayTaskError
 
 from configs.schema import LearnerPart, RolloutPart, ServingPart
 from policies.decoding.vllm_build import check_build, installed_builds
@@ -45,6 +45,8 @@ def connect(*, weight_bytes: int = 0) -> None:
     """Join the cluster this process was submitted to, or start a local one whose object store has room for the versions
     of a policy of `weight_bytes` that exist at once.
 
+    Raises PlacementError when there is none, or it refuses the token.
+
     The working directory is not set here: under `ray job submit --working-dir .` Ray has set it, and setting it
     twice fails.
     """
@@ -57,7 +59,15 @@ def connect(*, weight_bytes: int = 0) -> None:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES + LIVE_VERSIONS * weight_bytes,
         }
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (AuthenticationError, ConnectionError) as error:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PlacementError(
+            f"cannot join the Ray cluster on {where}: {why}; see that it is up (`ray status`), and that RAY_AUTH_MODE "
+            "and the token in ~/.ray/auth_token are its own"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
