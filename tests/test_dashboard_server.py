@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
@@ -196,7 +197,9 @@ def test_a_port_that_is_none_is_refused(run: Writer, port: int) -> None:
 
 def test_the_verb_serves_until_ctrl_c(run: Writer) -> None:
     command = [sys.executable, "launch.py", "dashboard", str(run.folder)]
-    serving = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts what it sends to the background with interrupts ignored, and so would this test's child be.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    serving = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     assert serving.stderr is not None
     said = serving.stderr.readline()
     address = said.split(" is shown at ")[1].split(" ")[0]
