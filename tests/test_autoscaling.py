@@ -23,7 +23,7 @@ def test_rollout_nodes_come_and_go_with_the_work(trained_run: Path, tmp_path: Pa
     """One node with room for one rollout actor, up to four while episodes wait, one again while the learner works."""
     settings = [
         *(f"start={trained_run}", f"root={tmp_path}", "name=elastic", "tasks.train_init_states=[4..9]"),
-        *("tasks.held_out_init_states=[40]", "guard.canary_episodes=4", "preference.steps=60"),
+        *("tasks.held_out_init_states=[40]", "guard.canary_episodes=4", "preference.steps=150"),
         *("rollouts.rounds=1", "rollouts.init_states_per_round=4", "rollouts.samples_per_state=5"),
         *("rollouts.actors=4", "rollouts.least_actors=1", "rollouts.envs_per_actor=1"),
         *("rollouts.cpus_per_actor=2", "rollouts.release_after_s=3"),
