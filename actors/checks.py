@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from configs.describe import settings_of
 from configs.loader import RecipeError, load_recipe
 from configs.policy import PolicyPart
 from configs.schema import Recipe
@@ -164,8 +164,13 @@ CHANGEABLE = (
     "rollouts.rounds",
     "rollouts.actors",
     "rollouts.cpus_per_actor",
+    "rollouts.least_actors",
+    "rollouts.release_after_s",
     "serving.actors",
     "serving.cpus_per_actor",
+    "dashboard.",
+    "deadlines.",
+    "tracking.",
 )
 """What a run may be given more or less of when it is resumed: none of it changes what an episode or a step gives."""
 
@@ -187,22 +192,14 @@ def recipe_to_resume(run: Path, recipe: Path | None, overrides: Sequence[str]) -
         )
     own = load_recipe(run / "recipe.yaml")
     asked = load_recipe(recipe or run / "recipe.yaml", overrides)
-    here, there = (settings_of(r.model_dump(mode="json", exclude={"name", "root"})) for r in (asked, own))
+    here, there = (settings_of(r) for r in (asked, own))
     unlike = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in {**there, **here}
-        if here.get(name) != there.get(name) and not name.startswith(CHANGEABLE)
+        if here.get(name) != there.get(name) and not name.startswith(("name", "root", *CHANGEABLE))
     ]
     if unlike:
         raise RecipeError(
             f"--resume: {run} is of another recipe: {'; '.join(unlike)}; leave the recipe out to go on as it began"
         )
     return asked.model_copy(update={"name": own.name, "root": own.root})
-
-
-def settings_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Setting, as `part.key`, -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= settings_of(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -86,7 +86,8 @@ class Members:
         if self._make is None:
             return
         wanted = min(self._most, max(self._least, math.ceil(cells / self._slots)))
-        for _ in range(wanted - len(self.all)):
+        # One that was given up is not made again: it would fail as often.
+        for _ in range(wanted - self.quarantined - len(self.all)):
             self._add(None)
 
     def _add(self, renderer: str | None) -> None:

@@ -33,9 +33,13 @@ class Pulse:
         if passed >= BEAT_S:
             self._beat(passed)
 
-    def _beat(self, passed: float) -> None:
+    def tell(self) -> None:
+        """Put on record what other actors had to tell."""
         for event in ray.get(self._crew.monitor.pop_events.remote()):
             self._folder.event(event)
+
+    def _beat(self, passed: float) -> None:
+        self.tell()
         status = self._crew.fleet.members.status()
         self._folder.metric(
             "fleet",

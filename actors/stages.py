@@ -100,6 +100,7 @@ def drive(
                 folder.event({"event": "quarantined", "cell": cell_of(record).key, "reason": record["fault"]})
             bar.advance(f"success {100 * out.rate:.0f} %")
             pulse.count(record["env_steps"])
+        pulse.tell()
     out.wall_s = time.monotonic() - started
     folder.metric(
         phase,

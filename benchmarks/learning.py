@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.comparison import START, write_table
+from configs.describe import settings_of
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
 from trajectories.journal import Journal, read_journal
@@ -83,14 +84,7 @@ def overrides_of(prefix: str, arm: str, seed: int, root: Path, changes: Sequence
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Every setting that says what a run does, by its dotted path; a run that learns nothing (the start's own) reads
     none of an update's."""
-
-    def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in tree.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return found
-
-    told = flat(recipe.model_dump(mode="json"), "")
+    told = settings_of(recipe)
     weights = [value for path, value in told.items() if re.fullmatch(r"preference\.\w+_weight", path)]
     unread: tuple[str, ...] = () if any(weights) else _OF_UPDATES
     return {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -92,3 +93,15 @@ def _type_words(kind: Any) -> str:
         return "list of " + _type_words(inner[0]).replace("number", "numbers")
     plain = {int: "whole number", float: "number", str: "text", bool: "true or false"}
     return plain[kind]
+
+
+def settings_of(recipe: BaseModel) -> dict[str, Any]:
+    """Every setting of a recipe by its dotted path, as JSON values."""
+    return _flat(recipe.model_dump(mode="json"), "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
