@@ -4,17 +4,13 @@ there are none."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.driven import drive
 from tests.elastic import elastic_cluster
 from trajectories.journal import read_journal
-
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "tests" / "recipes" / "one_task.yaml"
 
 
 @pytest.mark.ray
@@ -31,15 +27,7 @@ def test_rollout_nodes_come_and_go_with_the_work(trained_run: Path, tmp_path: Pa
     # Half a processor each for the learner and the policy actor; rollout actors find room on other nodes alone.
     worker = {"CPU": 2, "object_store_memory": 100 << 20}
     with elastic_cluster(head={"CPU": 1}, worker=worker, least=1, most=4) as environ:
-        done = subprocess.run(
-            [sys.executable, "launch.py", "train", str(TINY), *settings],
-            cwd=ROOT,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=540,
-            check=False,
-        )
+        done = drive(settings, environ)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "elastic"
     assert json.loads(done.stdout.splitlines()[-1])["held_out_episodes"] == 1

@@ -19,11 +19,10 @@ import pytest
 
 from actors.pipeline import train
 from configs.loader import load_recipe
+from tests.driven import TINY, count, drive, episodes, hashes
 from tests.elastic import elastic_cluster
 from trajectories.journal import read_journal
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "tests" / "recipes" / "one_task.yaml"
 CHANGES = [
     *("tasks.train_init_states=[4..9]", "tasks.held_out_init_states=[40,41]", "guard.canary_episodes=8"),
     *(
@@ -43,22 +42,8 @@ print(json.dumps([ray.available_resources(), ray.cluster_resources()]))
 """
 
 
-def episodes(run: Path) -> Counter[tuple[str, int, str, bool]]:
-    """How often each episode is on record: phase, round, cell and weights, outcome."""
-    lines = read_journal(run / "episodes.jsonl")
-    return Counter((e["phase"], e["round"], e["trajectory_id"], e["success"]) for e in lines)
-
-
-def count(run: Path, phase: str) -> int:
-    return sum(e["phase"] == phase for e in read_journal(run / "episodes.jsonl"))
-
-
 def stages(run: Path) -> Counter[str]:
     return Counter(m["stage"] for m in read_journal(run / "metrics.jsonl"))
-
-
-def hashes(run: Path) -> dict[int, str]:
-    return {m["version"]: m["hash"] for m in read_journal(run / "metrics.jsonl") if m["stage"] == "published"}
 
 
 def titled(folder: str, title: str) -> psutil.Process:
@@ -115,18 +100,8 @@ def test_kills_of_every_kind_cost_nothing(trained_run: Path, tmp_path: Path) -> 
         folder = environ["RAY_TMPDIR"]
         chaos = Chaos(folder, plan)
         chaos.start()
-        done = subprocess.run(
-            [
-                *(sys.executable, "launch.py", "train", str(TINY), *changes, "name=chaos"),
-                *("rollouts.actors=2", "rollouts.cpus_per_actor=2"),
-            ],
-            cwd=ROOT,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=540,
-            check=False,
-        )
+        settings = [*changes, "name=chaos", "rollouts.actors=2", "rollouts.cpus_per_actor=2"]
+        done = drive(settings, environ)
         assert done.returncode == 0, done.stderr[-3000:]
         assert chaos.killed == [title for title, _ in plan]
         deadline = time.monotonic() + 60

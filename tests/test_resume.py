@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from actors.checks import recipe_to_resume
 from actors.pipeline import train
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
+from tests.driven import ROOT, TINY, count, episodes, hashes
 from trajectories.journal import read_journal
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "tests" / "recipes" / "one_task.yaml"
 CHANGES = [
     # Other states than the start's own run has driven, which would not be driven again.
     "tasks.train_init_states=[4..9]",
@@ -36,20 +34,6 @@ CHANGES = [
     "serving.max_batch=1",
     "rollouts.init_states_per_round=2",
 ]
-
-
-def episodes(run: Path) -> Counter[tuple[str, int, str, bool]]:
-    """How often each episode is on record: phase, round, cell and weights, outcome."""
-    lines = read_journal(run / "episodes.jsonl")
-    return Counter((e["phase"], e["round"], e["trajectory_id"], e["success"]) for e in lines)
-
-
-def count(run: Path, phase: str) -> int:
-    return sum(e["phase"] == phase for e in read_journal(run / "episodes.jsonl"))
-
-
-def hashes(run: Path) -> dict[int, str]:
-    return {m["version"]: m["hash"] for m in read_journal(run / "metrics.jsonl") if m["stage"] == "published"}
 
 
 def start_driver(*arguments: str) -> subprocess.Popen[bytes]:
