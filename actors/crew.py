@@ -14,7 +14,7 @@ from actors.learner import LearnerActor
 from actors.monitor import MonitorActor
 from actors.nodes import NodeWatch
 from actors.parameter_server import ParameterServer
-from actors.placement import learner_ask, rollout_ask, serving_ask, wait_until_placed
+from actors.placement import learner_ask, on_node, rollout_ask, serving_ask, wait_until_placed
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from actors.store import StoreActor
@@ -31,8 +31,13 @@ class Crew:
     def __init__(self) -> None:
         self._monitor_name = f"monitor-{uuid.uuid4().hex[:8]}"
         self.monitor: Any = MonitorActor.options(
-            name=self._monitor_name, num_cpus=0, max_restarts=-1, max_task_retries=-1
+            name=self._monitor_name,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=on_node(),
         ).remote()
+        self.learner: Any = None
         self.policies: list[Any] = []
         self.fleet = Fleet([], slots=1, timeout_s=0.0, on_event=lambda event: None)
         self.nodes: NodeWatch | None = None
@@ -74,9 +79,7 @@ class Crew:
         """Start the learner actor."""
         part = recipe.learner
         init, vector = recipe.supervised.init, recipe.capability.vector
-        self.learner: Any = LearnerActor.options(
-            num_cpus=part.cpus, num_gpus=part.gpus, max_restarts=-1
-        ).remote(
+        self.learner = LearnerActor.options(num_cpus=part.cpus, num_gpus=part.gpus, max_restarts=-1).remote(
             policy=located(recipe.policy),
             supervised=recipe.supervised.model_copy(update={"init": _absolute(init)}),
             capability=recipe.capability.model_copy(update={"vector": _absolute(vector)}),
@@ -93,9 +96,9 @@ class Crew:
 
     def start_store(self, folder: str, *, preference: PreferencePart, seed: int) -> None:
         """Start the actor that owns the preference store."""
-        self.store: Any = StoreActor.options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(
-            folder=folder, preference=preference, seed=seed
-        )
+        self.store: Any = StoreActor.options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=on_node()
+        ).remote(folder=folder, preference=preference, seed=seed)
         self._others.append(self.store)
 
     def start_serving(
@@ -110,7 +113,11 @@ class Crew:
     ) -> None:
         """Start the parameter-server shards on a start checkpoint, and the policy actors that pull from them. `saved`
         holds, or will hold, the adapters of the versions published."""
-        self.server = ParameterServer(start_checkpoint=start_checkpoint, saved=saved, num_shards=num_shards)
+        # What they merge comes from the learner, whose node has the memory for it and stays.
+        place = None if self.learner is None else on_node(ray.get(self.learner.node.remote()))
+        self.server = ParameterServer(
+            start_checkpoint=start_checkpoint, saved=saved, num_shards=num_shards, place=place
+        )
         self.policies = [
             PolicyActor.options(
                 num_cpus=part.cpus_per_actor,

@@ -64,6 +64,10 @@ class Learner:
         self._learner: PreferenceLearner | None = None
         self._demos: list[Trajectory] = []
 
+    def node(self) -> str:
+        """The id of the node that this process runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def supervise(self, demos: Sequence[Trajectory], *, folder: str) -> dict[str, float]:
         """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`; with no
         steps, the policy as it is: published weights, of which the run then has a copy of its own."""

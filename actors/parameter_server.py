@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from learners.checkpoint import CheckpointReader, load_checkpoint
 from policies.weights.adapter_files import adapter_from_tensors
@@ -154,14 +155,20 @@ class ParameterServer:
     Ray from restarting it once those arguments are gone.
     """
 
-    def __init__(self, *, start_checkpoint: str, saved: str, num_shards: int) -> None:
+    def __init__(
+        self, *, start_checkpoint: str, saved: str, num_shards: int, place: SchedulingStrategyT = None
+    ) -> None:
         """Start the shards on a start checkpoint. `saved` is the folder where the run saves the adapter of every
-        version that it publishes (see `version_name`)."""
+        version that it publishes (see `version_name`); `place` is where Ray puts the shards."""
         run = uuid.uuid4().hex[:8]
         self.names = [f"parameter-shard-{run}-{i}" for i in range(num_shards)]
         self.shards: list[Any] = [
             ParameterShard.options(
-                num_cpus=0, name=self.names[i], max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS
+                num_cpus=0,
+                name=self.names[i],
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+                scheduling_strategy=place,
             ).remote(start_checkpoint=start_checkpoint, saved=saved, index=i, num_shards=num_shards)
             for i in range(num_shards)
         ]

@@ -13,6 +13,7 @@ import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.schema import LearnerPart, RolloutPart, ServingPart
 from policies.decoding.vllm_build import check_build, installed_builds
@@ -188,6 +189,13 @@ def wait_until_placed(actors: Sequence[Any], ask: Ask, *, deadline_s: float = PL
             f"{ask.each()}, the nodes have {_listed(_nodes())}, of which {free} are free; lower {ask.fields}, or wait "
             "until other jobs end"
         )
+
+
+def on_node(node_id: str | None = None) -> NodeAffinitySchedulingStrategy:
+    """Where an actor without CPUs lies: on this node, the driver's own by default, or on another once it is gone. Ray
+    would put it on any, and an elastic node that holds one is never idle."""
+    node_id = ray.get_runtime_context().get_node_id() if node_id is None else node_id
+    return NodeAffinitySchedulingStrategy(node_id, soft=True)
 
 
 def grows() -> bool:
