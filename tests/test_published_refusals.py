@@ -89,6 +89,31 @@ REFUSALS = {
         "these weights are quantised (gptq)",
     ),
     "AWQ": ("diffusion", config(quantization_config={"quant_method": "awq"}), "are quantised (awq)"),
+    "layers of no list": (
+        "openvla",
+        config(timm_override_act_layers=5),
+        "timm_override_act_layers has 5; only towers with GELU",
+    ),
+    "calls of no list": (
+        "openvla",
+        config(timm_create_model_calls=3),
+        "timm_create_model_calls is 3, expected",
+    ),
+    "calls without arguments": (
+        "openvla",
+        config(timm_create_model_calls=[["a", 3], ["a", None]]),
+        "expected pairs of a name and its arguments",
+    ),
+    "deviation below 0": (
+        "pi0",
+        stats(actions=STATS["actions"] | {"std": [-1.0] * len(STATS["actions"]["mean"])}),
+        "norm_stats.actions.std is [-1.0",
+    ),
+    "quantiles the wrong way round": (
+        "pi05",
+        stats(actions=STATS["actions"] | {"q01": STATS["actions"]["q99"], "q99": STATS["actions"]["q01"]}),
+        "norm_stats.actions has a q01 above its q99",
+    ),
     "integers": (
         "pi0",
         tensors(lambda held: held.update({f"{GATE}.qweight": torch.zeros(2, 2, dtype=torch.int32)})),

@@ -70,6 +70,10 @@ def action_statistics(norm_stats: Mapping[str, Any], key: str | None, *, where: 
         raise ValueError(f"{where}: statistics of {key!r} differ in length: {sizes}")
     if not (np.isfinite(q01) & np.isfinite(q99)).all():
         raise ValueError(f"{where}: statistics of {key!r} have a quantile that is not finite")
+    if (q01 > q99)[mask].any():
+        raise ValueError(
+            f"{where}: statistics of {key!r} have a q01 above its q99, which would turn motions round"
+        )
     return ActionStatistics(q01=q01, q99=q99, mask=mask)
 
 

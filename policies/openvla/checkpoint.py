@@ -166,6 +166,8 @@ def _with_pixels(layout: OpenVLALayout, file: Path) -> OpenVLALayout:
             raise ValueError(
                 f"{file}: {name} is {values}, expected three numbers for each of {len(layout.towers)} towers"
             )
+    if not all(deviation > 0 for row in rows["stds"] for deviation in row):
+        raise ValueError(f"{file}: stds is {rows['stds']}, expected numbers above 0")
     towers = [
         replace(tower, mean=tuple(rows["means"][i]), std=tuple(rows["stds"][i]))
         for i, tower in enumerate(layout.towers)

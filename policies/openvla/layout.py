@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from policies.encoding.action_tokens import ActionTokenizer
@@ -169,6 +170,10 @@ def _text(given: Mapping[str, Any]) -> dict[str, Any]:
         kind = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, kind) or isinstance(value, bool) or (name != "hidden_act" and value <= 0):
             raise ValueError(f"text_config.{name} is {value!r}, expected such as {default!r}")
+    if text["hidden_act"] not in ACT2FN:
+        raise ValueError(
+            f"text_config.hidden_act is {text['hidden_act']!r}, expected one that transformers knows"
+        )
     width, heads, groups = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
     if width % heads or heads % groups:
         raise ValueError(
@@ -176,6 +181,24 @@ def _text(given: Mapping[str, Any]) -> dict[str, Any]:
             "must each be a multiple of the next"
         )
     return text
+
+
+def _calls(config: Mapping[str, Any], names: list[Any]) -> list[Any]:
+    """Of each tower its name and the arguments that it was made with."""
+    layers = config.get("timm_override_act_layers") or []
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer is not None:
+            raise ValueError(f"timm_override_act_layers has {layer!r}; only towers with GELU are read")
+    calls = config.get("timm_create_model_calls") or [[name, {}] for name in names]
+    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
+        raise ValueError(f"timm_create_model_calls is {calls!r}, expected pairs of a name and its arguments")
+    if [call[0] for call in calls] != names:
+        raise ValueError(f"timm_create_model_calls are of {[call[0] for call in calls]}, expected of {names}")
+    return calls
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, list) and len(call) == 2 and isinstance(call[1], Mapping)
 
 
 def _towers(config: Mapping[str, Any]) -> tuple[TowerSizes, ...]:
@@ -186,12 +209,7 @@ def _towers(config: Mapping[str, Any]) -> tuple[TowerSizes, ...]:
             f"timm_model_ids {names} and image_sizes {images} need {1 + fused} entries each "
             f"(use_fused_vision_backbone is {fused})"
         )
-    for layer in config.get("timm_override_act_layers") or []:
-        if layer is not None:
-            raise ValueError(f"timm_override_act_layers has {layer!r}; only towers with GELU are read")
-    calls = config.get("timm_create_model_calls") or [[name, {}] for name in names]
-    if [call[0] for call in calls] != names:
-        raise ValueError(f"timm_create_model_calls are of {[call[0] for call in calls]}, expected of {names}")
+    calls = _calls(config, names)
     towers = []
     for name, image, (_, arguments) in zip(names, images, calls, strict=True):
         if name not in TOWERS:
