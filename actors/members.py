@@ -160,7 +160,7 @@ class Members:
             for member in self.all
             if member.index not in busy and now - member.idle_since > self._release_after_s
         ]
-        # The oldest stay: the run's other actors, which ask for no CPU, began on the nodes that were there then.
+        # The oldest stay: they lie on the nodes that were there first.
         idle.sort(key=lambda member: (member.away is None, -member.index))
         for member in idle[: max(0, len(self.all) - self._least)] if self._make is not None else ():
             self.all.remove(member)

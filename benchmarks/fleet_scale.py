@@ -1,6 +1,6 @@
 """A thousand rollout actors' worth of episodes, into the pair store and the live page: rate, and memory over time.
 
-    python -m benchmarks.fleet_scale [--actors 1000] [--episode-s 25] [--minutes 10] [--output FILE]
+    python -m benchmarks.fleet_scale [--actors 1000] [--episode-s 25] [--rounds 10] [--output FILE]
 
 What is real: Ray, the fleet that hands out cells, the store actor with its durable files, the run folder, the page with
 somebody watching it. What is not: the simulators and the policy. A few processes stand for all the rollout actors: each
@@ -13,11 +13,10 @@ import actors  # noqa: F401  (before ray: it settles how ray authenticates)
 
 # isort: split
 import asyncio
-import json
+import heapq
 import random
 import tempfile
 import threading
-import time
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +34,7 @@ from actors.fleet import Fleet
 from actors.placement import connect
 from actors.run_folder import RunFolder
 from actors.stages import drive
+from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.loader import load_recipe
 from dashboard.server import Dashboard
 from trajectories.codec import episode_record
@@ -57,8 +57,8 @@ class ManyRollouts:
         self._image = np.broadcast_to(rows[:, None, None], (SIDE, SIDE, 3)).copy()
 
     async def rollout(self, cell: Cell, **_: Any) -> tuple[dict[str, Any], Trajectory]:
+        await asyncio.sleep(lasts(cell, self._episode_s))
         drawn = random.Random(cell.key)
-        await asyncio.sleep(self._episode_s * drawn.uniform(0.5, 1.5))
         outcome = "success" if drawn.random() < 0.5 else "timeout"
         trajectory = Trajectory(
             cell=cell,
@@ -83,6 +83,19 @@ class ManyRollouts:
         return Decision(observation=seen, sample=sample, executed=CHUNK)
 
 
+def lasts(cell: Cell, episode_s: float) -> float:
+    """Seconds that the episode of a cell takes."""
+    return episode_s * random.Random(f"{cell.key} lasts").uniform(0.5, 1.5)
+
+
+def least_wall_s(cells: list[Cell], *, slots: int, episode_s: float) -> float:
+    """What a round takes when each cell goes to the first slot that is free, and nothing costs time but episodes."""
+    free = [0.0] * slots
+    for cell in cells:
+        heapq.heapreplace(free, free[0] + lasts(cell, episode_s))
+    return max(free)
+
+
 class Watcher(threading.Thread):
     """Somebody with the page open: reads the stream of events to its end."""
 
@@ -101,14 +114,14 @@ class Watcher(threading.Thread):
                 self.received += len(chunk)
 
 
-def cells_of(minute: int, count: int) -> list[Cell]:
-    """Groups of four samples from one state, every minute with seeds of its own."""
+def cells_of(round_index: int, count: int) -> list[Cell]:
+    """Groups of four samples from one state, every round with seeds of its own."""
     return [
         Cell(
             suite="libero_object",
             task_id=number // 4 % TASKS,
             init_state=number // (4 * TASKS) % STATES,
-            seed=minute * 1_000_000 + number,
+            seed=round_index * 1_000_000 + number,
         )
         for number in range(count)
     ]
@@ -125,28 +138,29 @@ def store_pid() -> int:
 
 
 def measure(
-    folder: RunFolder, crew: Crew, watcher: Watcher, *, rate: float, minutes: int
+    folder: RunFolder, crew: Crew, watcher: Watcher, *, slots: int, episode_s: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row a minute of driving as many cells as `rate` a second asks for."""
+    """One row a round of as many cells as so many slots finish in a minute if they are never free."""
     rows = []
-    for minute in range(minutes):
-        started = time.monotonic()
+    for index in range(rounds):
+        cells = cells_of(index, int(60 * slots / episode_s))
         out = drive(
             crew,
             folder,
-            cells_of(minute, int(60 * rate)),
+            cells,
             version=0,
             temperature=1.0,
             phase="rollout",
-            round_index=minute,
+            round_index=index,
             keep=True,
         )
         rows.append(
             {
-                "minute": minute,
+                "round": index,
                 "episodes": len(out.success),
                 "episodes_per_s": round(len(out.success) / out.wall_s, 1),
-                "wall_s": round(time.monotonic() - started, 1),
+                "wall_s": round(out.wall_s, 1),
+                "least_wall_s": round(least_wall_s(cells, slots=slots, episode_s=episode_s), 1),
                 "store_mib": memory_mib(store_pid()),
                 "driver_and_page_mib": memory_mib(psutil.Process().pid),
                 "page_sent_mib": round(watcher.received / 2**20, 1),
@@ -158,7 +172,7 @@ def measure(
 def main(
     number: Annotated[int, typer.Option("--actors", help="rollout actors to stand for")] = 1000,
     episode_s: Annotated[float, typer.Option(help="seconds of an episode, in the mean")] = 25.0,
-    minutes: Annotated[int, typer.Option(help="rounds of a minute each")] = 10,
+    rounds: Annotated[int, typer.Option(help="rounds, each of somewhat more than a minute")] = 10,
     output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     connect()
@@ -176,7 +190,7 @@ def main(
         made = [ManyRollouts.options(max_concurrency=slots + 1).remote(episode_s) for _ in range(PROCESSES)]  # type: ignore[attr-defined]
         crew.fleet = Fleet(made, slots=slots, timeout_s=600.0, on_event=folder.event)
         try:
-            rows = measure(folder, crew, watcher, rate=number / episode_s, minutes=minutes)
+            rows = measure(folder, crew, watcher, slots=slots * PROCESSES, episode_s=episode_s, rounds=rounds)
         finally:
             crew.dismiss()
             page.stop()
@@ -189,7 +203,7 @@ def main(
     Console().print(table)
     if output is not None:
         settings = {"actors": number, "episode_s": episode_s, "processes": PROCESSES}
-        output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        write_json(output, {"settings": settings, "rows": rows, "fingerprint": software_fingerprint()})
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ def test_a_fine_tuned_checkpoints_own_statistics_and_pixels_come_first(tmp_path:
         ValueError, match=r"stds is \[\[0\.25, 0\.25, 0\.25\]\], expected three numbers for each of 2"
     ):
         open_openvla(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**pixels, "stds": [[0.25] * 3, [0.0] * 3]})
+    )
+    with pytest.raises(ValueError, match=r"stds is .*, expected numbers above 0"):
+        open_openvla(tmp_path)
 
 
 def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
@@ -197,6 +202,13 @@ def test_folders_that_are_no_checkpoint_are_refused(
             "img_size of 'vit_so400m_patch14_siglip_224' is '28', expected a positive",
         ),
         ({"timm_override_act_layers": [None, "quick_gelu"]}, "'quick_gelu'; only towers with GELU"),
+        ({"timm_override_act_layers": 5}, "timm_override_act_layers has 5; only towers with GELU"),
+        ({"timm_create_model_calls": 3}, "timm_create_model_calls is 3, expected pairs"),
+        ({"timm_create_model_calls": [["a", 3], ["a", None]]}, "expected pairs of a name and its arguments"),
+        (
+            {"text_config": {"vocab_size": 32064, "hidden_act": "swish_glu"}},
+            "text_config.hidden_act is 'swish_glu', expected one that transformers knows",
+        ),
         (
             {"timm_model_ids": [tiny.DINOV2, "vit_so400m_patch14_siglip_240"]},
             "nearest known is 'vit_so400m_patch14_",
@@ -259,6 +271,7 @@ def test_statistics_are_found_by_key(openvla_checkpoint: OpenVLAFolder) -> None:
         ({"action": {"q01": [0.0], "q99": [1.0], "mask": [True] * 2}}, r"mask \[2\]"),
         ({"action": {"q01": [0.0], "q99": ["x"]}}, "are not lists of numbers"),
         ({"action": {"q01": [float("nan")], "q99": [1.0]}}, "a quantile that is not finite"),
+        ({"action": {"q01": [1.0], "q99": [0.0]}}, "a q01 above its q99"),
     ],
 )
 def test_incomplete_statistics_are_refused(stats: Any, message: str) -> None:

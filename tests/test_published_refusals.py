@@ -89,21 +89,6 @@ REFUSALS = {
         "these weights are quantised (gptq)",
     ),
     "AWQ": ("diffusion", config(quantization_config={"quant_method": "awq"}), "are quantised (awq)"),
-    "layers of no list": (
-        "openvla",
-        config(timm_override_act_layers=5),
-        "timm_override_act_layers has 5; only towers with GELU",
-    ),
-    "calls of no list": (
-        "openvla",
-        config(timm_create_model_calls=3),
-        "timm_create_model_calls is 3, expected",
-    ),
-    "calls without arguments": (
-        "openvla",
-        config(timm_create_model_calls=[["a", 3], ["a", None]]),
-        "expected pairs of a name and its arguments",
-    ),
     "deviation below 0": (
         "pi0",
         stats(actions=STATS["actions"] | {"std": [-1.0] * len(STATS["actions"]["mean"])}),
