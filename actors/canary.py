@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from configs.schema import GuardPart
+from configs.preference import GuardPart
 from envs.protocol import mcnemar_worse
 from trajectories.records import Cell
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from configs.schema import GuardPart, RolloutPart
+from configs.preference import GuardPart
+from configs.schema import RolloutPart
 from configs.world import TaskPart
 from trajectories.records import Cell
 

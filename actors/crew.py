@@ -19,7 +19,8 @@ from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from actors.store import StoreActor
 from configs.policy import PolicyPart
-from configs.schema import PreferencePart, Recipe, ServingPart
+from configs.preference import PreferencePart
+from configs.schema import Recipe, ServingPart
 from envs.assets import ResolvedAssets
 from policies.published import located
 

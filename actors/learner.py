@@ -9,7 +9,7 @@ import ray
 import torch
 
 from configs.policy import PolicyPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import load_vector
 from learners.checkpoint import keep_newest, load_checkpoint, save_checkpoint

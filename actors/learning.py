@@ -22,6 +22,7 @@ from actors.run_folder import RunFolder, progress_bar
 from learners.checkpoint import CheckpointError, load_checkpoint, newest_valid, read_metadata, save_checkpoint
 from learners.report import UpdateReport
 from policies.weights.adapter_files import adapter_from_tensors, adapter_tensors
+from policies.weights.merging import MergeError
 from trajectories.records import AdapterWeights, Trajectory
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def take_up(crew: Crew, folder: RunFolder, origin: Origin, good: Version) -> Non
     fate = folder.fate(int(read_metadata(state)["round"]))
     if fate is None or fate["event"] in ("tripped", "skipped"):
         return
-    if fate["event"] == "rolled_back" or fate["version"] != good.version:
+    if fate["event"] in ("rolled_back", "refused") or fate["version"] != good.version:
         ray.get(crew.learner.restore.remote(good.adapter))
 
 
@@ -167,7 +168,8 @@ def begin_update(crew: Crew, folder: RunFolder, version: int, round_index: int) 
 def end_update(
     crew: Crew, folder: RunFolder, origin: Origin, update: Update, *, good: Version, steps: int
 ) -> Version | None:
-    """Wait for an update and publish what it learned as a candidate; None when it tripped or had nothing to learn.
+    """Wait for an update and publish what it learned as a candidate; None when it tripped, had nothing to learn, or
+    learned an adapter that does not merge, from which the learner goes back to `good`.
 
     When the learner's process dies, the round is learned again from the state after the last one.
     """
@@ -192,7 +194,12 @@ def end_update(
         folder.event({"event": report.stopped, **tags, "reason": report.reason})
         return None
     before = published_before(crew, folder, round_index) if update.result is None else None
-    return before or publish(crew, folder, adapter, keep=[good.version], round_index=round_index)
+    try:
+        return before or publish(crew, folder, adapter, keep=[good.version], round_index=round_index)
+    except MergeError as error:
+        folder.event({"event": "refused", **tags, "reason": str(error)})
+    call_learner(crew, folder, origin, good, "restore", good.adapter)
+    return None
 
 
 def saved_report(folder: RunFolder, round_index: int) -> UpdateReport | None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from learners.checkpoint import CheckpointReader, load_checkpoint
 from policies.weights.adapter_files import adapter_from_tensors
-from policies.weights.merging import drift, merge
+from policies.weights.merging import MergeError, drift, merge
 from trajectories.hashing import root_hash, tensor_hash
 from trajectories.records import AdapterWeights, WeightSnapshot
 
@@ -70,7 +70,7 @@ class ShardServer:
         """Merge the adapter into this shard's tensors, from the pristine base, as a new version.
 
         Returns tensor name -> hash of this shard's merged tensors. Raises ValueError when the version does not rise,
-        or a merged tensor is not finite or computes something else than base and adapter.
+        and MergeError when a merged tensor is not finite or computes something else than base and adapter.
         """
         if self._versions and version <= max(self._versions):
             raise ValueError(f"version must rise above {max(self._versions)}, got {version}")
@@ -180,18 +180,31 @@ class ParameterServer:
         """Publish the base (adapter None) or a merged adapter; returns its version and content hash.
 
         Versions in `keep` stay available beside the new one; all others are retired. `version` is the next free one
-        unless a saved version is published again. Raises ParameterServerError when a shard is gone for good.
+        unless a saved version is published again. Raises ParameterServerError when a shard is gone for good, and
+        MergeError, with the version forgotten, for an adapter that does not merge.
         """
         version = self._next if version is None else version
         self._next = version + 1
         ref = ray.put(adapter)
         try:
-            parts = ray.get([shard.publish.remote(version, ref) for shard in self.shards])
+            parts = self._merged(version, ref, keep)
             ray.get([shard.retire.remote([*keep, version]) for shard in self.shards])
         except RayActorError as error:
             raise _gone() from error
         hashes = {name: value for part in parts for name, value in part.items()}
         return version, root_hash(hashes)
+
+    def _merged(self, version: int, adapter: ray.ObjectRef, keep: Sequence[int]) -> list[dict[str, str]]:
+        """Each shard's hashes of a version, once all have merged it; where one refuses, none keeps it."""
+        asked = [shard.publish.remote(version, adapter) for shard in self.shards]
+        try:
+            return ray.get(asked)
+        except RayTaskError as error:
+            if not isinstance(error.cause, MergeError):
+                raise
+            ray.wait(asked, num_returns=len(asked))
+            ray.get([shard.retire.remote(list(keep)) for shard in self.shards])
+            raise MergeError(str(error.cause)) from error
 
     def rise_above(self, version: int) -> None:
         """Number what is published next above `version`, which an earlier process of this run gave out."""

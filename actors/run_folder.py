@@ -24,7 +24,7 @@ from trajectories.journal import Journal, read_journal
 
 log = logging.getLogger(__name__)
 
-FATES = ("promoted", "rolled_back", "tripped", "skipped")
+FATES = ("promoted", "rolled_back", "tripped", "refused", "skipped")
 """Events that settle a round."""
 LOCK = "run.lock"
 """Held by the process that a run, or an evaluation of it, goes on in."""

@@ -17,7 +17,7 @@ from actors.crew import Crew
 from actors.learning import Origin, Version, call_learner
 from actors.pulse import Pulse
 from actors.run_folder import RunFolder, progress_bar
-from configs.schema import GuardPart
+from configs.preference import GuardPart
 from configs.world import EnvironmentPart, TaskPart
 from envs.assets import ResolvedAssets
 from envs.fingerprint import differences, read_fingerprint, require_same_world, stack_fingerprint

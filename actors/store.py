@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ray
 
-from configs.schema import PreferencePart
+from configs.preference import PreferencePart
 from preferences.pairing import PairCounts
 from preferences.store import PreferenceStore
 from trajectories.records import PreferencePair, Trajectory

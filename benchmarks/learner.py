@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.policy import PolicyPart
-from configs.schema import AdapterPart, PreferencePart
+from configs.preference import AdapterPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.terms import Draw, Side, accumulate_gradients
 from policies.make import make_policy

@@ -40,9 +40,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "sft": ("preference.preference_weight=0", "preference.anchor_weight=0"),
     "dpo-dora": ("adapter.method=dora",),
     "dpo-lora": ("adapter.method=lora",),
+    "beta-found": ("preference.beta=null",),
 }
-"""What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone, and `demos`,
-the control, the same steps on the demonstrations alone: what more training of the start would have given."""
+"""What each arm changes in the recipe. `sft` is likelihood of the successes (and demonstrations) alone, `demos`, the
+control, the same steps on the demonstrations alone: what more training of the start would have given. `beta-found` is
+DPO with the beta that spreads its logits by 1."""
 
 NOTHING = (
     "rollouts.rounds=1",

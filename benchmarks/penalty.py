@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.learner import IMAGE_SIZE, synthetic_trajectory
 from configs.policy import PolicyPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.orthogonality import FullPenalty
 from learners.preference import PreferenceLearner

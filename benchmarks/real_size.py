@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.published_sizes import openvla_7b
 from configs.policy import DiffusionPart, FlowPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart
 from learners.preference import PreferenceLearner
 from policies.autoregressive import AutoregressivePolicy

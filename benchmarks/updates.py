@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "sft-lr-5e-4": ("preference.preference_weight=0", "preference.anchor_weight=0", "preference.lr=5e-4"),
     "anchor": ("preference.preference_weight=0",),
     "dpo": (),
+    "dpo-beta-found": ("preference.beta=null",),
     "dpo-weight-1": ("preference.preference_weight=1", "preference.rejected_floor=0.2"),
     "dpo-weight-1-beta-1": (
         "preference.preference_weight=1",

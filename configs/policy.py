@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from configs.part import Part
 
+STATE_WORDS = 8
+"""Numbers of the robot's state."""
+
 
 class VisionPart(Part):
     """One vision tower: a SigLIP encoder built from its configuration."""
@@ -39,6 +42,13 @@ class FlowPart(Part):
     )
     state_in_prompt: bool = Field(
         True, description="pi0.5: tell proprioception in the prompt; openpi's pi05_libero does without"
+    )
+    state_words: int = Field(
+        STATE_WORDS,
+        ge=STATE_WORDS,
+        le=64,
+        description="pi0.5 with a checkpoint: how many numbers of the state the prompt tells, those behind the robot's "
+        "8 being zeros; LeRobot filled up to 32 when it trained pi05_libero_finetuned",
     )
     delta_actions: bool = Field(
         False,
@@ -88,7 +98,7 @@ def unread_settings(paradigm: object, version: object) -> dict[str, str]:
             paths = [f"{name}.{key}" for key in parts[name].model_fields] if name in parts else [name]
             unread |= dict.fromkeys(paths, f"paradigm {paradigm}")
     if paradigm == "flow" and version == "pi0":
-        unread["flow.state_in_prompt"] = "version pi0"
+        unread |= dict.fromkeys(("flow.state_in_prompt", "flow.state_words"), "version pi0")
     return unread
 
 
@@ -124,8 +134,8 @@ class PolicyPart(Part):
     )
     norm_stats: str | None = Field(
         None,
-        description="flow checkpoints: openpi's norm_stats.json or its folder; none: in the checkpoint's folder or its "
-        "assets",
+        description="flow checkpoints: openpi's norm_stats.json, LeRobot's policy_preprocessor.json, or the folder of "
+        "either; none: in the checkpoint's folder or its assets",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="what a checkpoint's weights are held, merged to and served in"
@@ -163,6 +173,7 @@ class PolicyPart(Part):
             "norm_stats": self.norm_stats is not None,
             "dtype": self.dtype != "float32",
             "flow.delta_actions": flow.delta_actions,
+            "flow.state_words": flow.state_words != STATE_WORDS,
         }
         plain = FlowPart()
         has_its_own = {

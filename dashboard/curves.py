@@ -103,7 +103,9 @@ def _limit(axes: Axes, value: float, text: str, colour: str) -> None:
 def _mark_rounds(axes: Axes, rounds: Sequence[_Updates], run: Run, *, named: bool) -> None:
     """A dashed line where a round's updates begin, and a shade over those that never reached the fleet; `named`: with
     the reason in words."""
-    refused = {event["round"]: event["event"] for event in run.occurrences("rolled_back", "tripped")}
+    refused = {
+        event["round"]: event["event"] for event in run.occurrences("rolled_back", "tripped", "refused")
+    }
     start = 0
     for updates in rounds:
         end = updates.x[-1]

@@ -128,7 +128,7 @@ _SERVING: tuple[Metric, ...] = (
     ),
     Metric(
         key="candidates",
-        help="Updates by how they ended: promoted, rolled_back, tripped or skipped",
+        help="Updates by how they ended: promoted, rolled_back, tripped, refused or skipped",
         tag="versions/candidates/{verdict}",
         kind="counter",
         labels=("verdict",),

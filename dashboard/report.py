@@ -86,7 +86,8 @@ def _method(run: Run) -> str:
     adapter = f"{ {'lora': 'LoRA', 'dora': 'DoRA'}[recipe.adapter.method] } of rank {recipe.adapter.rank}"
     part = recipe.preference
     credit = {"value": "decisive chunks", "uniform": "whole trajectories"}[part.credit]
-    dpo = f"{part.loss} DPO on {credit} with beta {part.beta:g}"
+    beta = "a beta found in the first update" if part.beta is None else f"beta {part.beta:g}"
+    dpo = f"{part.loss} DPO on {credit} with {beta}"
     loss = dpo if part.preference_weight else "no preference term"
     return f"{adapter}, {loss}, {recipe.schedule} schedule, training seed {recipe.seed}"
 

@@ -23,6 +23,7 @@ _COUNTED = {
     "promoted": ("candidates", {"verdict": "promoted"}),
     "rolled_back": ("candidates", {"verdict": "rolled_back"}),
     "tripped": ("candidates", {"verdict": "tripped"}),
+    "refused": ("candidates", {"verdict": "refused"}),
     "skipped": ("candidates", {"verdict": "skipped"}),
     "requeued": ("requeued", {}),
     "renderer_fell_back": ("renderer_fallbacks", {}),

@@ -13,6 +13,7 @@ from dashboard.wording import counted, p_value, percent
 REFUSED = {
     "rolled_back": "rolled back by the canary",
     "tripped": "stopped by the tripwire",
+    "refused": "refused by the parameter server",
     "skipped": "skipped for want of data",
 }
 """Events that keep the version in force, and how the summary puts them."""
@@ -89,6 +90,8 @@ def _fate(run: Run, event: Mapping[str, Any]) -> str:
             return (
                 f"The update was **stopped by the tripwire**: {event['reason']}. The fleet kept its version."
             )
+        case "refused":
+            return f"What it learned was **refused**: {event['reason']}. The fleet kept its version."
         case "skipped":
             return f"No update: {event['reason']}."
     return ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from configs.schema import PreferencePart
+from configs.preference import PreferencePart
 from learners.credit import credits, decisive
 from learners.decisions import DecisionPool
 from learners.terms import Draw, Side
@@ -47,6 +48,18 @@ class Draws:
                 demos=self._some(demo_rows, self._part.batch_size),
                 noise=self._noise(),
             )
+
+    def pairs_once(self, generator: torch.Generator) -> Iterator[Draw]:
+        """Every pair, once, in shuffled order, and nothing for the likelihood terms: what an update draws stays as it
+        would have been."""
+        other = copy.copy(self)
+        other._generator = generator
+        none = torch.empty(0, dtype=torch.int64)
+        order = torch.randperm(len(self._pairs), generator=generator)
+        for part in order.split(self._part.pairs_per_step):
+            drawn = [self._pairs[i] for i in part.tolist()]
+            sides = [(other._side(pair.chosen), other._side(pair.rejected)) for pair in drawn]
+            yield Draw(pairs=sides, successes=none, demos=none, noise=other._noise())
 
     def _noise(self) -> int:
         """One of the pool's draws of noise."""

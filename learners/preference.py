@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart
 from learners.decisions import DecisionPool, stack
 from learners.draws import Draws
 from learners.orthogonality import AdapterPenalty
 from learners.report import WINDOW, Trip, Tripwire, UpdateReport, mean_of_last, skipped
-from learners.terms import Draw, accumulate_gradients, logratios, lowest_logratio, refer
+from learners.spread import AFTER_STEPS, Spread, spread
+from learners.terms import accumulate_gradients, logratios, lowest_logratio, refer
 from policies.protocol import Policy
 from policies.weights import adapters
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory
 
 OnStep = Callable[[int, dict[str, float]], None]
-_GENERATOR, _UPDATES, _CALIBRATION = "generator", "updates", "calibration."
+_GENERATOR, _UPDATES, _CALIBRATION, _SPREAD = "generator", "updates", "calibration.", "spread"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class _Before:
 
     parameters: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
+    spread: Spread | None
 
 
 class PreferenceLearner:
@@ -63,7 +65,10 @@ class PreferenceLearner:
         adapters.attach(policy.module, adapter, seed=seed, decoders=policy.adapted)
         self._policy = policy
         self._dropout = adapter.dropout
-        self._part = preference
+        self._recipe = self._part = preference
+        """As it was given, and as it is in force: with the beta that was found."""
+        self._spread: Spread | None = None
+        self._seed = seed
         self._guard = guard
         self._base_hash = base_hash
         self._generator = torch.Generator().manual_seed(seed)
@@ -112,7 +117,7 @@ class PreferenceLearner:
         before = self._remember()
         history: list[dict[str, float]] = []
         with self._training():
-            trip = self._run(iter(draws), history, on_step)
+            trip = self._run(draws, history, on_step)
         if trip is not None:
             self._put_back(before)
         return UpdateReport(
@@ -120,7 +125,7 @@ class PreferenceLearner:
             reason=trip.reason if trip else "",
             steps=len(history),
             value=trip.value if trip else 0.0,
-            metrics=mean_of_last(history) | (self._calibration or {}),
+            metrics=mean_of_last(history) | self._said(),
             history=tuple(history),
         )
 
@@ -145,8 +150,8 @@ class PreferenceLearner:
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=self._part.lr, weight_decay=0.0)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Adapter, optimizer moments, random generator, number of updates and what a surrogate was calibrated to as
-        named arrays, for a checkpoint."""
+        """Adapter, optimizer moments, random generator, number of updates, and what a surrogate and beta were
+        calibrated to, as named arrays, for a checkpoint."""
         arrays = {f"adapter.{name}": _array(parameter) for name, parameter in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
@@ -155,6 +160,8 @@ class PreferenceLearner:
         arrays[_UPDATES] = np.array(self._updates)
         for key, number in (self._calibration or {}).items():
             arrays[_CALIBRATION + key] = np.array(number)
+        if self._spread is not None:
+            arrays[_SPREAD] = np.array([self._spread.margin_std, self._spread.pairs])
         return arrays
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -189,15 +196,15 @@ class PreferenceLearner:
         if said:
             self._policy.take_calibration(said)
         self._calibration = said or None
+        found = arrays.get(_SPREAD)
+        self._take(None if found is None else Spread(margin_std=float(found[0]), pairs=int(found[1])))
 
-    def _run(
-        self, draws: Iterator[Draw], history: list[dict[str, float]], on_step: OnStep | None
-    ) -> Trip | None:
-        part = self._part
+    def _run(self, draws: Draws, history: list[dict[str, float]], on_step: OnStep | None) -> Trip | None:
+        part, drawn = self._part, iter(draws)
         tripwire = Tripwire(self._guard.chosen_drop, window=min(WINDOW, part.steps))
         parameters = list(self._parameters.values())
         for step in range(1, part.steps + 1):
-            draw = next(draws)
+            draw = next(drawn)
             self._optimizer.zero_grad(set_to_none=True)
             if not refer(draw, self._pool, part):
                 return Trip(reason="reference log-prob is not finite", value=float("nan"))
@@ -214,6 +221,9 @@ class PreferenceLearner:
             if trip is not None:
                 return trip
             self._optimizer.step()
+            if step == min(AFTER_STEPS, part.steps) and self._spread is None and draw.pairs:
+                self._take(self._measure(draws))
+                part = self._part
         # The checks above precede each step; this one judges what the last step left behind.
         left = Tripwire(self._guard.chosen_drop, window=1)
         return left.check(lowest_logratio(logratios(draw, self._pool, part)))
@@ -223,6 +233,20 @@ class PreferenceLearner:
         if self._calibration is None:
             with adapters.disabled(self._policy.module):
                 self._calibration = self._policy.calibrate(stack(self._policy, t) for t in trajectories)
+
+    def _measure(self, draws: Draws) -> Spread | None:
+        if not self._part.preference_weight:
+            return None
+        return spread(draws.pairs_once(torch.Generator().manual_seed(self._seed)), self._pool, self._part)
+
+    def _take(self, found: Spread | None) -> None:
+        self._spread = found
+        self._part = self._recipe if found is None else found.in_force(self._recipe)
+
+    def _said(self) -> dict[str, float]:
+        """What was calibrated, for a report."""
+        spread = {} if self._spread is None else self._spread.metrics(self._recipe)
+        return (self._calibration or {}) | spread
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -244,6 +268,7 @@ class PreferenceLearner:
         return _Before(
             parameters={name: p.detach().clone() for name, p in self._parameters.items()},
             optimizer=copy.deepcopy(self._optimizer.state_dict()),
+            spread=self._spread,
         )
 
     def _put_back(self, before: _Before) -> None:
@@ -252,6 +277,7 @@ class PreferenceLearner:
                 parameter.copy_(before.parameters[name])
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.load_state_dict(before.optimizer)
+        self._take(before.spread)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

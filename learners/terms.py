@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configs.schema import PreferencePart
+from configs.preference import PreferencePart
 from learners.decisions import DecisionPool
 from objectives import dpo
 
@@ -122,6 +122,22 @@ def logratios(draw: Draw, pool: DecisionPool, part: PreferencePart) -> dict[str,
     return found
 
 
+@torch.no_grad()
+def pair_margins(draw: Draw, pool: DecisionPool, part: PreferencePart) -> torch.Tensor:
+    """What beta multiplies: the chosen side's weighted log-ratio sum less the rejected one's, bounded as in the loss,
+    float [pairs], under the weights as they are. `refer` comes first."""
+    found = []
+    for group in _groups(draw.pairs, part.micro_batch):
+        chosen_sides, rejected_sides = _sides(group, part)
+        rows, noise = _looked_at([*chosen_sides, *rejected_sides], draw, pool)
+        ratios = pool.score(rows, noise) - pool.reference(rows, noise)
+        split = sum(len(side.rows) for side in chosen_sides)
+        bounded, _ = dpo.bounded_below(ratios[split:], floor=part.rejected_floor)
+        chosen = _trajectory_sums(ratios[:split].sum(-1), chosen_sides)
+        found.append(chosen - _trajectory_sums(bounded, rejected_sides))
+    return torch.cat(found)
+
+
 def _groups(pairs: Sequence[tuple[Side, Side]], most: int) -> Iterator[list[tuple[Side, Side]]]:
     """Whole pairs, as many as fit `most` decisions: a pair's loss needs both of its sums at once."""
     group: list[tuple[Side, Side]] = []
@@ -156,14 +172,16 @@ def _pair_gradients(
         sums.add("kl", -ratios)
     if part.proximal_weight:
         fallen = _trajectory_sums(ratios[split:].sum(-1), rejected_sides)
-        proximal = dpo.proximal_loss(chosen, beta=part.beta) + dpo.proximal_loss(fallen, beta=part.beta)
+        proximal = dpo.proximal_loss(chosen, beta=part.first_beta) + dpo.proximal_loss(
+            fallen, beta=part.first_beta
+        )
         objective = objective + part.proximal_weight * proximal.sum() / len(draw.pairs)
         sums.add("proximal_loss", proximal)
     if part.preference_weight:
         bounded, held = dpo.bounded_below(ratios[split:], floor=part.rejected_floor)
         rejected = _trajectory_sums(bounded, rejected_sides)
         form = dpo.sigmoid_loss if part.loss == "sigmoid" else dpo.ipo_loss
-        loss = form(chosen, rejected, beta=part.beta)
+        loss = form(chosen, rejected, beta=part.first_beta)
         objective = objective + part.preference_weight * loss.losses.sum() / len(draw.pairs)
         sums.add("preference_loss", loss.losses)
         sums.add("chosen_reward", loss.chosen_rewards)

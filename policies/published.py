@@ -74,11 +74,7 @@ def published_policy(part: PolicyPart, *, device: torch.device, filled: bool = T
                 )
             case "flow":
                 found = _pi0(part)
-                inputs = PublishedInputs(
-                    found,
-                    state_in_prompt=part.flow.state_in_prompt,
-                    delta_actions=part.flow.delta_actions,
-                )
+                inputs = PublishedInputs(found, part.flow)
                 network = found.network(device=device, dtype=dtype, filled=filled)
                 return FlowPolicy(network, inputs=inputs, part=part.flow, chunk=part.chunk)
     except ValueError as error:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from configs.policy import DecoderPart, PolicyPart, VisionPart
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from policies.make import make_policy
 from policies.protocol import Policy
 from trajectories.records import (

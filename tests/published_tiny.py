@@ -84,6 +84,22 @@ def write_pi0(folder: Path, *, adaptive: bool, layout: str = "openpi", config: A
     return folder
 
 
+def write_lerobot_stats(folder: Path, *, scaled: str = "QUANTILES") -> None:
+    """STATS as LeRobot's processor keeps them."""
+    names = {"state": "observation.state", "actions": "action"}
+    tensors = {f"{names[n]}.{key}": torch.tensor(v) for n, s in STATS.items() for key, v in s.items()}
+    file = "policy_preprocessor_step_2_normalizer_processor.safetensors"
+    save_file(tensors | {"observation.state.count": torch.tensor([100])}, folder / file)
+    config = {"eps": 1e-8, "norm_map": {"VISUAL": "IDENTITY", "STATE": scaled, "ACTION": scaled}}
+    steps = [
+        {"registry_name": "to_batch_processor", "config": {}},
+        {"registry_name": "normalizer_processor", "config": config, "state_file": file},
+    ]
+    (folder / "policy_preprocessor.json").write_text(
+        json.dumps({"name": "policy_preprocessor", "steps": steps})
+    )
+
+
 def parts(root: Path) -> dict[str, PolicyPart]:
     """A policy part of each kind of checkpoint, in folders written below `root`."""
     openvla = str(openvla_tiny.write_checkpoint(root / "openvla"))

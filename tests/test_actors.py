@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import torch
 import typer
 
 from actors.canary import judge
@@ -19,6 +21,7 @@ from actors.cells import canary_cells, training_cells
 from actors.crew import Crew
 from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
+from actors.learning import Origin, Update, Version, end_update
 from actors.parameter_server import (
     ParameterServer,
     ParameterServerError,
@@ -42,11 +45,15 @@ from actors.run_folder import RunFolder
 from actors.stages import serving_stats
 from configs.loader import load_recipe
 from configs.policy import PolicyPart
-from configs.schema import GuardPart, LearnerPart, RolloutPart, ServingPart
+from configs.preference import GuardPart
+from configs.schema import LearnerPart, RolloutPart, ServingPart
 from configs.world import TaskPart
 from launch import one_line_errors
 from learners.checkpoint import save_checkpoint
+from learners.report import UpdateReport
+from policies.make import make_policy
 from policies.weights.adapter_files import adapter_tensors
+from policies.weights.snapshots import state_tensors
 from trajectories.codec import episode_record
 from trajectories.hashing import weights_hash
 from trajectories.journal import read_journal
@@ -191,6 +198,52 @@ def test_shards_merge_from_the_pristine_base_and_agree_on_the_hash(cluster: None
     np.testing.assert_array_equal(pull_snapshot(server.shards, 0).tensors["bias"], base["bias"])
     with pytest.raises(KeyError, match="version 1 is not held"):
         pull_snapshot(server.shards, 1)
+
+
+@pytest.mark.ray
+def test_an_adapter_that_does_not_merge_settles_its_round_and_the_good_version_stays(
+    cluster: None, tmp_path: Path
+) -> None:
+    """One factor is damaged, so one of two shards could merge its share: neither keeps it."""
+    recipe = load_recipe(TINY, [f"root={tmp_path}", "name=refused", "learner.threads=1"])
+    policy = make_policy(
+        recipe.policy, image_size=recipe.environment.image_size, seed=0, device=torch.device("cpu")
+    )
+    start = tmp_path / "start"
+    save_checkpoint(tmp_path, start.name, state_tensors(policy.module), {})
+    folder, crew = RunFolder.create(recipe), Crew()
+    crew.server = ParameterServer(start_checkpoint=str(start), saved=str(tmp_path), num_shards=2)
+    _, start_hash = crew.server.publish(None)
+    crew.start_learner(recipe)
+    ray.get(crew.learner.load_start.remote(str(start), []))
+    ray.get(crew.learner.attach.remote(start_hash))
+    adapter = ray.get(crew.learner.adapter.remote())
+    layer = next(iter(adapter.factors))
+    for value in (1e-3, 1e38):  # what the learner is left with, and what it is said to have learned
+        factors = {**adapter.factors[layer], "B": np.full_like(adapter.factors[layer]["B"], value)}
+        learned = replace(adapter, factors={**adapter.factors, layer: factors})
+        if value < 1:
+            ray.get(crew.learner.restore.remote(learned))
+    report = UpdateReport(stopped="", reason="", steps=3, value=0.0, metrics={}, history=())
+    update = Update(round_index=0, result=ray.put((report, learned)))
+    origin = Origin(checkpoint=start, demonstrations=(), content_hash=start_hash)
+    good = Version(version=0, content_hash=start_hash, adapter=None)
+    try:
+        assert end_update(crew, folder, origin, update, good=good, steps=3) is None
+        fate = folder.fate(0)
+        assert fate is not None
+        assert (fate["event"], fate["version"]) == ("refused", 0)
+        assert f"{layer}.weight" in fate["reason"]
+        back = ray.get(crew.learner.adapter.remote()).factors[layer]["B"]
+        np.testing.assert_array_equal(back, adapter.factors[layer]["B"])
+        for shard in crew.server.shards:
+            with pytest.raises(KeyError, match="version 1 is not held"):
+                ray.get(shard.pull.remote(1))
+        assert pull_snapshot(crew.server.shards, 0).content_hash == start_hash
+        assert crew.server.publish(None, keep=[0])[0] == 2  # above the one that was refused
+    finally:
+        crew.dismiss()
+        folder.release()
 
 
 @pytest.mark.ray

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from policies.weights import adapters, merging
 from policies.weights.adapter_files import adapter_from_peft
 from policies.weights.snapshots import state_tensors, to_array

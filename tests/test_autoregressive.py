@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.policy import DecoderPart, PolicyPart, VisionPart
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.engine import decode, gumbel_noise
 from policies.decoding.packed import PackedDecoder

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from learners.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
 from policies.weights import adapters
 from policies.weights.merging import DRIFT_LIMIT, drift, merge

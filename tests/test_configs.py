@@ -125,7 +125,9 @@ def test_a_mistake_in_an_extended_file_is_blamed_on_that_file(small: Path, tmp_p
     small.write_text(SMALL + "preference: {beta: -1}\n")
     top = tmp_path / "top.yaml"
     top.write_text("extends: small.yaml\npreference: {steps: 3}\n")
-    assert error_of(top).startswith(f"{small}: `preference.beta` = -1: expected number > 0 (DPO inverse temp")
+    assert error_of(top).startswith(
+        f"{small}: `preference.beta` = -1: expected number > 0 or null (DPO inverse temp"
+    )
 
 
 def test_a_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
@@ -158,11 +160,11 @@ def test_a_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
         ("tasks.task_ids=[1", "the value is not YAML: expected ',' or ']', but got '<stream end>', line 1"),
         (
             "preference.beta=-1",
-            "`preference.beta` = -1: expected number > 0 (DPO inverse temperature, on summed",
+            "`preference.beta` = -1: expected number > 0 or null (DPO inverse temperature, on summed",
         ),
-        ("preference.beta=hot", '`preference.beta` = "hot": expected number > 0 (DPO'),
-        ("preference.beta=true", "`preference.beta` = true: expected number > 0 (DPO"),
-        ("preference.beta=.inf", "`preference.beta` = Infinity: expected number > 0, and finite"),
+        ("preference.beta=hot", '`preference.beta` = "hot": expected number > 0 or null (DPO'),
+        ("preference.beta=true", "`preference.beta` = true: expected number > 0 or null (DPO"),
+        ("preference.beta=.inf", "`preference.beta` = Infinity: expected number > 0 or null, and finite"),
         (
             "preference.steps=2.5",
             "`preference.steps` = 2.5: expected whole number >= 1 (optimizer steps per round)",
@@ -318,7 +320,7 @@ def test_what_was_set_for_another_paradigm_is_left_behind(small: Path, tmp_path:
 
 def test_help_lists_every_key_with_a_meaning() -> None:
     rows = {row.path: row for row in describe_recipe()}
-    assert rows["preference.beta"].type == "number > 0"
+    assert rows["preference.beta"].type == "number > 0 or null"
     assert rows["preference.beta"].default == "0.1"
     assert rows["tasks.suite"].default == "required"
     assert rows["environment.max_steps"].type == "whole number >= 1 or null"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.orthogonality import FullPenalty
 from learners.preference import PreferenceLearner

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.policy import DecoderPart, VisionPart
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.engine import decode
 from policies.decoding.modules import ModuleDecoder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.loader import RecipeError, load_recipe
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import extract, load_vector
 from learners.checkpoint import load_checkpoint, save_checkpoint

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from configs.loader import RecipeError, load_recipe
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import SupervisedPart
 from learners.decisions import NOISE_DRAWS, DecisionPool, noise_keys
 from learners.preference import PreferenceLearner
@@ -20,6 +21,8 @@ from policies.protocol import Policy
 from policies.weights import adapters
 from tests.paradigms import PARADIGMS, SURROGATES, new, observations
 from trajectories.records import ActionSample, Cell, Decision, Outcome, PreferencePair, Trajectory
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def episode(policy: Policy, *, seed: int, outcome: Outcome) -> Trajectory:
@@ -93,6 +96,47 @@ def test_a_flow_update_says_how_its_score_was_calibrated() -> None:
     assert report.history[0]["success_nll"] == pytest.approx(
         0.5, abs=0.1
     )  # half a nat an element, by definition
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_a_beta_that_is_sought_spreads_the_logits_by_one_and_presses_no_harder(name: str) -> None:
+    policy = new(name)
+    pairs = pairs_of(policy)
+    settings = {"steps": 8, "lr": 1e-3, "credit": "uniform", "decisions_per_trajectory": 6}
+    told = learner_of(policy, **settings).update(pairs, (), ()).metrics
+    assert (told["beta"], told["spread_pairs"]) == (0.1, 3)
+    assert told["logit_std"] == pytest.approx(0.1 / told["beta_for_unit_std"])
+    learner = learner_of(new(name), beta=None, **settings)
+    found = learner.update(pairs, (), ()).metrics
+    assert found["beta"] == found["beta_for_unit_std"] == pytest.approx(told["beta_for_unit_std"], rel=1e-3)
+    assert learner._part.preference_weight * found["beta"] == pytest.approx(0.1)
+    again = learner_of(new(name), beta=None, **settings)
+    again.update(pairs[2:], (), ())
+    again.load_state(learner.state())
+    assert again._part == learner._part
+    second = learner.update(pairs, (), ()).metrics
+    assert second["beta"] == found["beta"]
+    assert 0.2 < second["margin_std"] < 5  # of the logits: beta times the margins
+
+
+def test_a_beta_is_sought_of_the_sigmoid_form_alone() -> None:
+    for setting in ("loss=ipo", "proximal_weight=0.1"):
+        with pytest.raises(RecipeError, match=rf"preference.beta=null with preference.{setting}: a spread"):
+            load_recipe(QUICKSTART, ["preference.beta=null", f"preference.{setting}"])
+
+
+def test_an_update_that_trips_forgets_the_beta_that_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learners.preference.AFTER_STEPS", 3)
+    policy = new("autoregressive")
+    pairs = pairs_of(policy)
+    learner = learner_of(policy, beta=None, steps=20, lr=0.3)
+    learner._guard = GuardPart(chosen_drop=1e-4)
+    seen: list[bool] = []
+    report = learner.update(pairs, (), (), on_step=lambda step, _: seen.append(learner._spread is not None))
+    assert report.stopped == "tripped"
+    assert seen[:5] == [False, False, False, True, True]
+    assert learner._spread is None
+    assert learner._part.first_beta == 0.1
 
 
 @pytest.mark.parametrize("name", SURROGATES)

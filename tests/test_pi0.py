@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PI0ForConditionalGeneration
 
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from objectives.flow_matching import noisy_chunk, velocity_errors
 from policies.decoding.prefix import Prefix, attention_mask, positions
 from policies.flow import FlowPolicy

@@ -21,7 +21,9 @@ from policies.pi0.checkpoint import LAYOUTS, load_pi0
 from policies.pi0.network import Pi0Network
 from policies.pi0.norm_stats import NormStats, normalise, pad_dims, read_norm_stats
 from policies.pi0.sizes import pi0_config
+from tests import published_tiny
 from tests.pi0_tiny import TINY, in_layout, tiny_network
+from tests.published_tiny import write_lerobot_stats
 
 JOINT = "paligemma_with_expert."
 HEAD = f"{JOINT}paligemma.lm_head.weight"
@@ -260,10 +262,38 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path: Path, text: str, m
 
 
 def test_no_statistics_or_several_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no norm_stats.json, nor have its assets"):
+    with pytest.raises(
+        ValueError, match=r"has no norm_stats.json, nor have its assets, nor has it LeRobot's"
+    ):
         read_norm_stats(tmp_path, quantile=True)
     for name in ("droid", "libero"):
         (tmp_path / "assets" / name).mkdir(parents=True)
         (tmp_path / "assets" / name / "norm_stats.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has 2 of norm_stats.json \(assets/droid, assets/libero\)"):
         read_norm_stats(tmp_path, quantile=True)
+
+
+def test_lerobot_s_statistics_are_read_where_they_are_of_the_networks_scale(tmp_path: Path) -> None:
+    write_lerobot_stats(tmp_path)
+    stats = read_norm_stats(tmp_path, quantile=True)
+    for name, values in published_tiny.STATS.items():
+        for key, expected in values.items():
+            np.testing.assert_allclose(getattr(stats[name], key), expected, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"scales STATE by QUANTILES, expected MEAN_STD, by which this network"
+    ):
+        read_norm_stats(tmp_path, quantile=False)
+    write_lerobot_stats(tmp_path, scaled="MEAN_STD")
+    assert read_norm_stats(tmp_path / "policy_preprocessor.json", quantile=False)["actions"].mean[0] == (
+        pytest.approx(0.05)
+    )
+    for name, spoil in (
+        ("which policy_preprocessor.json names, cannot be read", lambda f: f.write_bytes(b"no tensors")),
+        ("which policy_preprocessor.json names, cannot be read", lambda f: f.unlink()),
+    ):
+        spoil(next(tmp_path.glob("*.safetensors")))
+        with pytest.raises(ValueError, match=name):
+            read_norm_stats(tmp_path, quantile=False)
+    (tmp_path / "policy_preprocessor.json").write_text('{"steps": []}')
+    with pytest.raises(ValueError, match=r"names no state_file of one normalizer_processor"):
+        read_norm_stats(tmp_path, quantile=False)

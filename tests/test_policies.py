@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.policy import DiffusionPart
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from objectives import dpo
 from policies.diffusion import DiffusionPolicy
 from policies.encoding.prompts import PromptTokenizer

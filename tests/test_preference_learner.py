@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.policy import VisionPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from learners.decisions import DecisionPool
 from learners.preference import PreferenceLearner
 from learners.report import Tripwire

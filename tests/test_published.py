@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from configs.policy import FlowPart, PolicyPart
-from configs.schema import AdapterPart, GuardPart, PreferencePart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import SupervisedPart
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
@@ -30,7 +31,17 @@ from policies.weights import adapters
 from policies.weights.merging import merge
 from policies.weights.snapshots import state_tensors
 from tests.openpi_steps import rotate_180, to_model_range, unnormalise
-from tests.published_tiny import CPU, HEADS, PI0, STATS, episode, observations, pi0_network, write_pi0
+from tests.published_tiny import (
+    CPU,
+    HEADS,
+    PI0,
+    STATS,
+    episode,
+    observations,
+    pi0_network,
+    write_lerobot_stats,
+    write_pi0,
+)
 from trajectories.records import PreferencePair, Trajectory, WeightSnapshot
 
 KINDS = ["openvla", "pi0", "pi05", "diffusion"]
@@ -138,11 +149,33 @@ def test_pi05_reads_its_state_unless_told_not_to(known: dict[str, PolicyPart]) -
         assert (np.abs(chunks[0] - chunks[1]).max() > 1e-3) == told
 
 
+def test_pi05_may_be_told_a_state_filled_up_with_zeros(known: dict[str, PolicyPart]) -> None:
+    """As LeRobot trained pi05_libero_finetuned: 32 numbers, a padded zero falling into the middle bin."""
+    found, (seen,) = open_pi0(str(known["pi05"].checkpoint)), observations(1)
+    plain, filled = (
+        PublishedInputs(found, FlowPart(state_words=words)).told([seen])[0][0].tolist() for words in (8, 32)
+    )
+    (zero,) = found.prompts.encode("128")
+    end = found.prompts.encode(";\nAction: ")
+    assert plain[-len(end) :] == end
+    assert filled == [*plain[: -len(end)], *[zero] * 24, *end]
+
+
+def test_lerobot_s_folder_brings_its_own_statistics(known: dict[str, PolicyPart], tmp_path: Path) -> None:
+    """In the file that policy_preprocessor.json names; actions come out as by openpi's of the same numbers."""
+    part = known["pi05"]
+    shutil.copytree(str(part.checkpoint), tmp_path / "lerobot")
+    shutil.rmtree(tmp_path / "lerobot" / "assets")
+    write_lerobot_stats(tmp_path / "lerobot")
+    theirs = part.model_copy(update={"checkpoint": str(tmp_path / "lerobot")})
+    seen = observations(2)
+    chunks = [made(p).act(seen, seeds=[3, 4], temperature=1.0)[1].model_chunk for p in (part, theirs)]
+    np.testing.assert_allclose(*chunks, atol=1e-5)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_a_chunk_goes_to_the_networks_scale_and_back(delta: bool, known: dict[str, PolicyPart]) -> None:
-    inputs = PublishedInputs(
-        open_pi0(str(known["pi0"].checkpoint)), state_in_prompt=True, delta_actions=delta
-    )
+    inputs = PublishedInputs(open_pi0(str(known["pi0"].checkpoint)), FlowPart(delta_actions=delta))
     seen = observations(2)
     batch = inputs.stack(seen, CPU)
     actions = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 5, 7)).astype(np.float32))

@@ -13,7 +13,8 @@ from actors.monitor import MonitorActor
 from actors.parameter_server import ParameterServer
 from actors.placement import connect
 from actors.policy import PolicyActor
-from configs.schema import AdapterPart, GuardPart, PreferencePart, ServingPart
+from configs.preference import AdapterPart, GuardPart, PreferencePart
+from configs.schema import ServingPart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.checkpoint import CheckpointReader
 from policies.make import make_policy

@@ -33,6 +33,15 @@ def config(**changes: Any) -> Spoil:
     return spoil
 
 
+def text_config(**changes: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        file = folder / "config.json"
+        held = json.loads(file.read_text())
+        file.write_text(json.dumps(held | {"text_config": held["text_config"] | changes}))
+
+    return spoil
+
+
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
     def spoil(folder: Path) -> None:
         file = next(iter(sorted(folder.glob("*.safetensors"))))
@@ -89,6 +98,16 @@ REFUSALS = {
         "these weights are quantised (gptq)",
     ),
     "AWQ": ("diffusion", config(quantization_config={"quant_method": "awq"}), "are quantised (awq)"),
+    "BOS outside": (
+        "openvla",
+        text_config(bos_token_id=10**6),
+        "bos_token_id 1000000 is outside the vocabulary of",
+    ),
+    "more actions than anyone makes": (
+        "pi0",
+        config(action_horizon=10**9),
+        "action_horizon or chunk_size is 1000000000, expected how many actions",
+    ),
     "deviation below 0": (
         "pi0",
         stats(actions=STATS["actions"] | {"std": [-1.0] * len(STATS["actions"]["mean"])}),

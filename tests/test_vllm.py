@@ -16,7 +16,8 @@ from actors.parameter_server import ParameterServer, pull_snapshot
 from actors.placement import PlacementError, check_fits, connect
 from actors.policy import PolicyActor
 from configs.policy import PolicyPart
-from configs.schema import AdapterPart, LearnerPart, RolloutPart, ServingPart
+from configs.preference import AdapterPart
+from configs.schema import LearnerPart, RolloutPart, ServingPart
 from learners.checkpoint import save_checkpoint
 from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.engine import Engine

@@ -25,7 +25,7 @@ PLOTS = {
     "loss": ("loss",),
     "grad_norm": ("grad_norm",),
 }
-REFUSED = ("tripped", "rolled_back")
+REFUSED = ("tripped", "rolled_back", "refused")
 
 
 class Learning:

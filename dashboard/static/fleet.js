@@ -50,6 +50,7 @@ const EVENTS = {
   promoted: ["good", "✓", (e) => `Version ${e.version} promoted${trial(e)}`],
   rolled_back: ["poor", "▼", (e) => `Version ${e.version} rolled back by the canary${trial(e)}`],
   tripped: ["poor", "▲", (e) => `Update of round ${e.round} undone by the tripwire: ${e.reason}`],
+  refused: ["poor", "✕", (e) => `What round ${e.round} learned was refused: ${e.reason}`],
   skipped: ["", "–", (e) => `No update in round ${e.round}: ${e.reason}`],
   quarantined: ["poor", "✕", (e) => `Episode ${e.cell} quarantined: ${e.reason}`],
   actor_restarted: ["warn", "↻", (e) => `${e.kind ?? "rollout"} ${e.actor === undefined ? "" : `actor ${e.actor} `}restarted: ${e.reason}`],

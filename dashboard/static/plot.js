@@ -169,7 +169,7 @@ export class Plot {
     for (const { from, to, fate } of this.spans) {
       const [left, right] = [from, to].map((x) => plot.valToPos(x, "x", true));
       if (right < bbox.left) continue;
-      if (fate === "tripped" || fate === "rolled_back") {
+      if (["tripped", "rolled_back", "refused"].includes(fate)) {
         ctx.fillStyle = `${colour("bad")}26`;
         ctx.fillRect(left, bbox.top, right - left, bbox.height);
         ctx.fillStyle = colour("bad");

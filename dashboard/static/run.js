@@ -46,7 +46,7 @@ function tiles(data) {
     : ends;
   const [before, after] = rows;
   const promoted = counts.promoted ?? 0;
-  const refused = (counts.rolled_back ?? 0) + (counts.tripped ?? 0);
+  const refused = (counts.rolled_back ?? 0) + (counts.tripped ?? 0) + (counts.refused ?? 0);
   const faults = counts.faults ?? 0;
   const restarts = counts.actor_restarted ?? 0;
   return [

@@ -136,10 +136,9 @@ def openvla_layout(config: Mapping[str, Any], *, where: str) -> OpenVLALayout:
             bos_id=_entry({"bos_token_id": 1, **config["text_config"]}, "bos_token_id", int),
             pad_id=_entry(config, "pad_token_id", int),
         )
-        if not 0 <= layout.pad_id < text["vocab_size"]:
-            raise ValueError(
-                f"pad_token_id {layout.pad_id} is outside the vocabulary of {text['vocab_size']}"
-            )
+        for name, token in (("pad_token_id", layout.pad_id), ("bos_token_id", layout.bos_id)):
+            if not 0 <= token < text["vocab_size"]:
+                raise ValueError(f"{name} {token} is outside the vocabulary of {text['vocab_size']}")
         if padding < 0:
             raise ValueError(f"pad_to_multiple_of is {padding}, expected 0 or more")
         # Sizes that do not fit each other are found here, not halfway through the files.

@@ -1,7 +1,8 @@
 """A folder with a published pi-0 or pi-0.5: its sizes, found without reading its weights, and what surrounds them.
 
 model.safetensors in one of the layouts of `policies.pi0.checkpoint`; config.json as openpi's converter, LeRobot or
-transformers writes it; PaliGemma's tokenizer.json; openpi's norm_stats.json, in the folder or under its assets.
+transformers writes it; PaliGemma's tokenizer.json; openpi's norm_stats.json, in the folder or under its assets, or
+LeRobot's policy_preprocessor.json with the file of statistics that it names.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from trajectories.records import ACTION_DIM, PROPRIO_DIM
 
 HORIZON_KEYS = ("action_horizon", "chunk_size")
 """openpi's and LeRobot's (and transformers') name of the actions made at once, which weights do not tell."""
+MOST_ACTIONS = 1000
+"""Made at once; published policies make 10 to 50."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +84,7 @@ def _sizes(headers: Headers, settings: Mapping[str, Any]) -> Pi0Config:
     vision_heads = _whole(_part(vlm, "vision_config"), "num_attention_heads", SO400M.heads)
     action_dim = _shape(headers, "action_out_proj.weight")[0]
     horizon = next((settings[key] for key in HORIZON_KEYS if key in settings), None)
-    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
+    if not isinstance(horizon, int) or isinstance(horizon, bool) or not 1 <= horizon <= MOST_ACTIONS:
         raise ValueError(
             f"{headers.file.parent / CONFIG}: {' or '.join(HORIZON_KEYS)} is {horizon!r}, expected how many actions "
             "the network makes at once (pi-0: 50; pi-0.5 fine-tuned on LIBERO: 10)"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from configs.policy import FlowPart
 from policies.encoding.observations import PROPRIO_MEAN, PROPRIO_STD, ObservationBatch, stack_observations
 from policies.encoding.prompts import PromptTokenizer
 from policies.pi0.folder import Pi0Folder
@@ -104,13 +105,15 @@ class PublishedInputs:
     """Inputs of published pi-0 and pi-0.5: images turned and padded as in their training, PaliGemma's words, and both
     states and actions scaled by a data set's statistics."""
 
-    def __init__(self, found: Pi0Folder, *, state_in_prompt: bool, delta_actions: bool) -> None:
-        """`state_in_prompt`: pi-0.5 is told its state (openpi's `discrete_state_input`). `delta_actions`: the six
-        dimensions of motion are less the state's first six (openpi's `extra_delta_transform`)."""
+    def __init__(self, found: Pi0Folder, part: FlowPart) -> None:
+        """Of `part`: `state_in_prompt`, pi-0.5 is told its state (openpi's `discrete_state_input`), as `state_words`
+        numbers; `delta_actions`, the six dimensions of motion are less the state's first six (openpi's
+        `extra_delta_transform`)."""
         self._found = found
         self._adaptive = found.config.adaptive
-        self._state_in_prompt = state_in_prompt and found.config.adaptive
-        self._delta_actions = delta_actions
+        self._state_in_prompt = part.state_in_prompt and found.config.adaptive
+        self._state_words = part.state_words
+        self._delta_actions = part.delta_actions
         self._centre_A, self._half_A = (
             torch.tensor(values, dtype=torch.float32)
             for values in found.stats["actions"].affine(quantile=self._adaptive, dims=ACTION_DIM)
@@ -149,8 +152,10 @@ class PublishedInputs:
 
     def told(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
         """Their prompts' ids int64 [B, T] and mask bool [B, T]."""
-        states = [self.scaled_state(seen.proprio) for seen in observations] if self._state_in_prompt else None
         words = [seen.instruction for seen in observations]
+        states = None
+        if self._state_in_prompt:
+            states = [pad_dims(self.scaled_state(seen.proprio), self._state_words) for seen in observations]
         return self._found.prompts.stack(words, states, adaptive=self._adaptive)
 
     def _origin(self, seen: ObservationBatch) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""openpi's statistics of states and actions, and the two scales it makes of them.
+"""Statistics of states and actions as openpi or LeRobot keeps them, and the two scales that are made of them.
 
 pi-0.5 (and pi-0-FAST) map the 1st and 99th percentile to -1 and 1, without clipping; pi-0 takes z-scores. openpi,
-`src/openpi/transforms.py`, `src/openpi/shared/normalize.py`.
+`src/openpi/transforms.py`, `src/openpi/shared/normalize.py`. LeRobot (`src/lerobot/processor/`) does the same with a
+smaller EPS, its statistics lying in the file that policy_preprocessor.json names for its normalizer.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 STATS_FILE = "norm_stats.json"
+PREPROCESSOR = "policy_preprocessor.json"
+"""LeRobot's."""
+NORMALIZER = "normalizer_processor"
+_LEROBOT_FEATURES = {"state": ("observation.state", "STATE"), "actions": ("action", "ACTION")}
+"""Our name -> LeRobot's feature, and its type in `norm_map`."""
 EPS = 1e-6
 """Added to a range or a standard deviation before dividing by it."""
 
@@ -65,20 +73,57 @@ def pad_dims(x: np.ndarray, dims: int) -> np.ndarray:
 
 
 def read_norm_stats(path: str | Path, *, quantile: bool) -> dict[str, NormStats]:
-    """`state` and `actions` from openpi's `norm_stats.json`: the file, its folder or a checkpoint's.
+    """`state` and `actions` from openpi's `norm_stats.json` or LeRobot's `policy_preprocessor.json`: the file, its
+    folder or a checkpoint's.
 
     Raises ValueError in one line: no such file or several, no JSON, or an entry or statistic that is absent, not
-    finite, or of another length than its neighbours.
+    finite, or of another length than its neighbours; of LeRobot's also where it scales by anything else.
     """
     file = _find(Path(path))
-    try:
-        content = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    content = _read_json(file)
+    if file.name == PREPROCESSOR:
+        file, theirs = _lerobot_entries(file, content, quantile=quantile)
+        return {name: _entry(file, theirs, name, quantile=quantile) for name in _LEROBOT_FEATURES}
     entries = content.get("norm_stats") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise ValueError(f"{file} lacks the object 'norm_stats'")
     return {name: _entry(file, entries, name, quantile=quantile) for name in ("state", "actions")}
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _lerobot_entries(
+    file: Path, content: Any, *, quantile: bool
+) -> tuple[Path, dict[str, dict[str, list[float]]]]:
+    """The file with LeRobot's statistics, and these as openpi has them."""
+    steps = content.get("steps") if isinstance(content, dict) else None
+    found = [s for s in steps or [] if isinstance(s, dict) and s.get("registry_name") == NORMALIZER]
+    if len(found) != 1 or not isinstance(found[0].get("state_file"), str):
+        raise ValueError(f"{file} names no state_file of one {NORMALIZER}, in which statistics would be")
+    config, wanted = found[0].get("config") or {}, "QUANTILES" if quantile else "MEAN_STD"
+    tensors = file.parent / Path(found[0]["state_file"]).name
+    try:
+        held = load_file(tensors)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{tensors}, which {file.name} names, cannot be read: {error}") from error
+    entries = {}
+    for name, (feature, kind) in _LEROBOT_FEATURES.items():
+        scaled = (config.get("norm_map") or {}).get(kind)
+        if scaled != wanted:
+            raise ValueError(
+                f"{file} scales {kind} by {scaled}, expected {wanted}, by which this network was trained"
+            )
+        entries[name] = {
+            key: held[f"{feature}.{key}"].tolist()
+            for key in ("mean", "std", "q01", "q99")
+            if f"{feature}.{key}" in held
+        }
+    return tensors, entries
 
 
 def _find(path: Path) -> Path:
@@ -87,8 +132,13 @@ def _find(path: Path) -> Path:
     files = (
         [path / STATS_FILE] if (path / STATS_FILE).is_file() else sorted((path / "assets").rglob(STATS_FILE))
     )
+    if not files and (path / PREPROCESSOR).is_file():
+        return path / PREPROCESSOR
     if not files:
-        raise ValueError(f"{path} has no {STATS_FILE}, nor have its assets; without it actions have no scale")
+        raise ValueError(
+            f"{path} has no {STATS_FILE}, nor have its assets, nor has it LeRobot's {PREPROCESSOR}; without one "
+            "actions have no scale"
+        )
     if len(files) > 1:
         names = ", ".join(str(file.relative_to(path).parent) for file in files)
         raise ValueError(f"{path} has {len(files)} of {STATS_FILE} ({names}); name the folder of one")

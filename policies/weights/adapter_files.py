@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from trajectories.records import AdapterWeights
 
 _PEFT_PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as AdaptedLinear
 
-from configs.schema import AdapterPart
+from configs.preference import AdapterPart
 from trajectories.records import AdapterWeights
 
 _NAME = "default"

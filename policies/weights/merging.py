@@ -16,6 +16,12 @@ import torch
 from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.records import AdapterWeights
 
+
+class MergeError(ValueError):
+    """An adapter that does not merge into its base: a shape or factor that does not fit, a result that is not finite,
+    or one that computes something else; one line."""
+
+
 _FACTORS = {"lora": {"A", "B"}, "dora": {"A", "B", "m"}}
 DRIFT_LIMIT = 0.02
 """Most that a merge may change what base and adapter compute. Rounding to bfloat16 costs 0.002, float32 1e-6."""
@@ -28,12 +34,12 @@ def merge_tensor(
     """The merged weight of one linear layer, in the base's dtype; `base` [out, in] is left as it is.
 
     With A [r, in] and B [out, r] only: W' = W + s B A. With m [out] too: W' = m V / ||V||, V = W + s B A, by
-    output row. Raises ValueError naming the tensor for a shape that does not fit, or when the result is not
+    output row. Raises MergeError naming the tensor for a shape that does not fit, or when the result is not
     finite.
     """
     down, up = factors["A"], factors["B"]
     if base.ndim != 2 or down.shape[1:] != base.shape[1:] or up.shape != (base.shape[0], down.shape[0]):
-        raise ValueError(
+        raise MergeError(
             f"cannot merge into {name}: base {base.shape}, A {down.shape}, B {up.shape}; "
             "expected [out, in], [r, in], [out, r]"
         )
@@ -43,12 +49,12 @@ def merge_tensor(
         if "m" in factors:
             magnitude = factors["m"]
             if magnitude.shape != base.shape[:1]:
-                raise ValueError(f"cannot merge into {name}: m {magnitude.shape}, expected {base.shape[:1]}")
+                raise MergeError(f"cannot merge into {name}: m {magnitude.shape}, expected {base.shape[:1]}")
             direction = (magnitude / _row_norms(direction))[:, None] * direction
         merged = narrow(direction, base.dtype)
     bad = merged.size - int(is_finite(merged).sum())
     if bad:
-        raise ValueError(
+        raise MergeError(
             f"merging gives {bad} non-finite of {merged.size} values in {name}; the adapter is damaged: "
             "keep serving the last good version"
         )
@@ -64,7 +70,7 @@ def merge(base: Mapping[str, np.ndarray], adapter: AdapterWeights | None) -> dic
     """Merge `adapter` into those of its tensors that `base` holds (a shard holds some); others pass through.
 
     `base` maps parameter name to array, e.g. `decoder.layers.0.self_attn.q_proj.weight`. An adapter of None
-    gives the base itself. Tensors without factors are the very arrays given, not copies. Raises ValueError
+    gives the base itself. Tensors without factors are the very arrays given, not copies. Raises MergeError
     naming the tensor, or the factors that the adapter's method lacks.
     """
     merged = dict(base)
@@ -73,7 +79,7 @@ def merge(base: Mapping[str, np.ndarray], adapter: AdapterWeights | None) -> dic
     expected = _FACTORS[adapter.method]
     for layer, factors in adapter.factors.items():
         if set(factors) != expected:
-            raise ValueError(
+            raise MergeError(
                 f"{layer} has factors {sorted(factors)}, {adapter.method} needs {sorted(expected)}"
             )
         name = f"{layer}.weight"
@@ -89,7 +95,7 @@ def drift(
     layers that `base` holds, the largest |W'x - y| / |y| on random inputs x, y = W x + s B (A x) in float64 (DoRA:
     scaled by m / ||V||). 0 without an adapter.
 
-    Raises ValueError naming the layer whose drift is above DRIFT_LIMIT.
+    Raises MergeError naming the layer whose drift is above DRIFT_LIMIT.
     """
     largest = 0.0
     for layer, factors in adapter.factors.items() if adapter is not None else ():
@@ -98,7 +104,7 @@ def drift(
             continue
         found = _layer_drift(base[name], merged[name], factors, adapter.scaling)
         if not found <= DRIFT_LIMIT:
-            raise ValueError(
+            raise MergeError(
                 f"merged {name} gives outputs that are {found:.2g} from those of base and adapter, limit "
                 f"{DRIFT_LIMIT}; keep serving the last good version"
             )
