@@ -13,11 +13,12 @@ from configs.policy import PolicyPart
 from configs.schema import Recipe
 from envs.assets import ResolvedAssets
 from envs.fingerprint import read_fingerprint, require_same_world
-from learners.capability import recipe_of, verify_vector
+from learners.capability import Vector, read_manifest
 from learners.checkpoint import CheckpointError, verify
+from learners.lineage import recipe_of, states_seen
 from learners.merging import descends
 from policies.make import make_policy
-from policies.published import check_published
+from policies.published import check_published, published_shapes, weight_names
 from policies.weights.shards import ShardFolder
 from trajectories.journal import read_journal
 
@@ -31,11 +32,16 @@ def check_policy(recipe: Recipe) -> int:
     """
     vector = recipe.capability.vector if recipe.capability.weight else None
     if vector is not None:
-        verify_vector(vector)
+        gammas = Vector(vector, names=weight_names(recipe.policy))
+        _require_unseen("capability.vector", vector, read_manifest(vector).init_states, recipe)
     if recipe.policy.checkpoint is not None:
         size = check_published(recipe.policy, image_size=recipe.environment.image_size)
+        _require_unseen(
+            "policy.checkpoint", recipe.policy.checkpoint, states_seen(recipe.policy.checkpoint), recipe
+        )
         if vector is not None:
-            _check_base(recipe, vector)  # and so its weights are of this network, by name and shape
+            _check_base(recipe, vector)
+            _check_known(f"capability.vector: {vector}", gammas, published_shapes(recipe.policy))
         return size
     try:
         with torch.device("meta"):
@@ -81,10 +87,10 @@ def _check_init(recipe: Recipe, init: str, shapes: Mapping[str, tuple[int, ...]]
     """Raise RecipeError or CheckpointError unless training can begin with these weights."""
     verify(init)
     _check_weights("supervised.init", init, shapes)
+    _require_unseen("supervised.init", init, states_seen(init), recipe)
     source = recipe_of(init)
     if source is not None:
         theirs = load_recipe(source)
-        _require_unseen("supervised.init", source.parent, theirs, recipe)
         _require_same_policy("supervised.init", source.parent, theirs, recipe)
 
 
@@ -102,9 +108,20 @@ def _check_weights(setting: str, path: str, shapes: Mapping[str, tuple[int, ...]
         )
 
 
-def _require_unseen(setting: str, source: Path, theirs: Recipe, recipe: Recipe) -> None:
-    """Raise RecipeError where a run was trained on states that this recipe holds out."""
-    seen = sorted(set(theirs.tasks.demo_init_states) & set(recipe.tasks.held_out_init_states))
+def _check_known(setting: str, vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise RecipeError where a vector of published weights has none that the policy has; what a file holds beside the
+    network's own (a tied head) is no matter."""
+    found = vector.shapes()
+    if not any(shapes.get(name) == shape for name, shape in found.items()):
+        raise RecipeError(
+            f"{setting} has {next(iter(found))} and {len(found) - 1} more, none of which is a weight of this recipe's "
+            "policy; name a vector of the same policy"
+        )
+
+
+def _require_unseen(setting: str, source: str | Path, theirs: Sequence[int], recipe: Recipe) -> None:
+    """Raise RecipeError where weights were trained on states that this recipe holds out."""
+    seen = sorted(set(theirs) & set(recipe.tasks.held_out_init_states))
     if seen:
         raise RecipeError(
             f"{setting}: {source} was trained on the initial states {seen}, which are among this recipe's "
@@ -139,7 +156,7 @@ def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
         raise RecipeError(
             f"start: {source} has no demonstrations; set preference.demo_weight=0, or name another run"
         )
-    _require_unseen("start", source, theirs, recipe)
+    _require_unseen("start", source, states_seen(source / "checkpoints" / "start"), recipe)
     _require_same_policy("start", source, theirs, recipe)
     ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
     require_same_world(

@@ -11,12 +11,14 @@ import torch
 from configs.policy import PolicyPart
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
-from learners.capability import load_vector
+from learners.capability import Vector
 from learners.checkpoint import keep_newest, load_checkpoint, save_checkpoint
+from learners.lineage import STATES, states_seen
 from learners.orthogonality import FullPenalty
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
+from policies.published import weight_names
 from policies.weights.snapshots import state_tensors
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
 
@@ -56,7 +58,7 @@ class Learner:
             guard,
         )
         self._capability = capability
-        self._vector = load_vector(capability.vector) if capability.vector and capability.weight else None
+        self._part = policy
         self._seed = seed
         # By name: a handle among its arguments would keep Ray from restarting this actor once those are gone.
         self._monitor = ray.get_actor(monitor)
@@ -83,21 +85,28 @@ class Learner:
             self._fill(part.init)
         if part.steps:
             penalty = None
-            if self._vector is not None:
-                penalty = FullPenalty(self._policy.module, self._capability, self._vector)
+            if (vector := self._vector()) is not None:
+                penalty = FullPenalty(self._policy.module, self._capability, vector)
             learner = SupervisedLearner(
                 self._policy, part, seed=self._seed, demos=self._demos, penalty=penalty
             )
             metrics = learner.fit(on_step=on_step)
-        save_checkpoint(
-            folder, "start", state_tensors(self._policy.module), {"steps": part.steps, "seed": self._seed}
-        )
+        seen = {demo.cell.init_state for demo in self._demos} if part.steps else set()
+        for began in (part.init, self._part.checkpoint):
+            seen |= set() if began is None else set(states_seen(began))
+        metadata = {"steps": part.steps, "seed": self._seed, STATES: sorted(seen)}
+        save_checkpoint(folder, "start", state_tensors(self._policy.module), metadata)
         return metrics
 
     def load_start(self, checkpoint: str, demos: Sequence[Trajectory]) -> None:
         """Take up a saved start instead of training one."""
         self._fill(checkpoint)
         self._demos = list(demos)
+
+    def _vector(self) -> Vector | None:
+        """What training is kept apart from, under the names of this policy's weights; None where nothing is."""
+        part = self._capability
+        return Vector(part.vector, names=weight_names(self._part)) if part.vector and part.weight else None
 
     def _fill(self, checkpoint: str) -> None:
         tensors, _ = load_checkpoint(checkpoint)
@@ -114,7 +123,7 @@ class Learner:
             seed=self._seed,
             capability=self._capability,
             # The element-wise penalty is of whole weights: it is the supervised start's, and no round follows it.
-            vector=self._vector if self._capability.penalty == "cosine" else None,
+            vector=self._vector() if self._capability.penalty == "cosine" else None,
         )
 
     def update(

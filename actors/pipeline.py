@@ -74,6 +74,8 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
     connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe) if resume is None else RunFolder.resume(resume, recipe)
+    if recipe.capability.vector is not None and recipe.capability.weight:
+        folder.keep_manifest(recipe.capability.vector)
     page = None
     crew = Crew()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FATES = ("promoted", "rolled_back", "tripped", "refused", "skipped")
 """Events that settle a round."""
+CAPABILITY = "capability.json"
+"""What the capability vector of a run says of itself (`learners.capability`)."""
 LOCK = "run.lock"
 """Held by the process that a run, or an evaluation of it, goes on in."""
 OWNER_ENDS_S = 10.0
@@ -90,6 +93,10 @@ class RunFolder:
         """Send what is recorded from now on to the recipe's trackers too; what is recorded already counts."""
         episodes, events = (read_journal(self.path / f"{name}.jsonl") for name in ("episodes", "events"))
         self._trackers = start_trackers(recipe, self.path, episodes=episodes, events=events)
+
+    def keep_manifest(self, vector: str) -> None:
+        """A copy of what a capability vector says of itself, for the report."""
+        shutil.copyfile(Path(vector) / CAPABILITY, self.path / CAPABILITY)
 
     def release(self) -> None:
         """Let others have the folder, and end its tracking."""

@@ -12,6 +12,7 @@ from dashboard.plots import plot_pairs, plot_success
 from dashboard.rates import Rate, flips, rate_of
 from dashboard.run_folder import Run, read_run
 from dashboard.story import story
+from dashboard.vector import vector_section
 from dashboard.videos import Contrast, find_contrasts, task_instructions, write_strip, write_video
 from dashboard.wording import counted, duration, interval, number, p_value, percent, table_row
 
@@ -47,13 +48,14 @@ def write_report(run_folder: Path) -> Path:
         story(run),
         _success(run, task_instructions(run)),
         _learning(run),
+        vector_section(run),
         _faults(run),
         _contrasts(contrasts),
         _speed(run),
         _stack(run),
     )
     report = run_folder / "report.md"
-    report.write_text("\n\n".join("\n".join(section) for section in sections) + "\n")
+    report.write_text("\n\n".join("\n".join(section) for section in sections if section) + "\n")
     return report
 
 

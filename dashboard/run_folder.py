@@ -54,6 +54,8 @@ class Run:
     """The stack the numbers were measured on; empty when the run stopped before writing it."""
     result: Mapping[str, Any]
     """The result line; empty when the run did not finish."""
+    vector: Mapping[str, Any]
+    """What the capability vector that the run was kept apart from says of itself; empty where there was none."""
     metrics: tuple[Mapping[str, Any], ...]
     events: tuple[Mapping[str, Any], ...]
     episodes: tuple[Episode, ...]
@@ -110,6 +112,7 @@ def read_run(folder: Path) -> Run:
         recipe=load_recipe(recipe),
         fingerprint=_read_object(folder / "fingerprint.json"),
         result=_read_object(folder / "result.json"),
+        vector=_read_object(folder / "capability.json"),
         metrics=tuple(read_journal(folder / "metrics.jsonl")),
         events=tuple(read_journal(folder / "events.jsonl")),
         episodes=tuple(_episodes(folder / "episodes.jsonl")),

@@ -3,7 +3,7 @@
 CapVector, arXiv 2605.10903. From two fine-tunings of one base on the same few tasks, one plain and one with an
 auxiliary objective, gamma = theta_aux - theta_sft (Eq. 3); theta_meta = theta_pre + alpha gamma (Eq. 4) is where
 later fine-tunings begin. A vector is a folder of safetensors files beside `capability.json`, which says what it was
-made of, and is refused on any other base. Tensors pass through one by one.
+made of, and is refused on any other base. Tensors pass through some rows at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from learners.lineage import recipe_of, states_seen
 from policies.weights.shards import ShardFolder, Stored, write_shard
 from trajectories.bfloat16 import is_finite, narrow, widen
-from trajectories.hashing import root_hash, tensor_hash
+from trajectories.hashing import TensorDigest, root_hash
 
 MANIFEST = "capability.json"
-FORMAT = 2
-BLOCK = 1 << 22
-"""Numbers that are widened to float32 at once."""
+FORMAT = 3
 
 
 class CapabilityError(ValueError):
@@ -70,6 +69,9 @@ class Manifest:
     """Of the vector itself."""
     recipes: Mapping[str, str]
     """SHA-256 of the recipe of `base`, `sft` and `aux`, each where the weights lie in a run folder."""
+    init_states: Sequence[int]
+    """Initial states whose demonstrations went into any of the three (`learners.lineage`): nothing that the vector
+    goes into may be judged on them."""
     layers: Mapping[str, Geometry]
     """By weight."""
 
@@ -106,67 +108,102 @@ def extract(
         shapes = {who: folder.tensors[name].shape for who, folder in folders.items()}
         if len(set(shapes.values())) > 1:
             raise CapabilityError(f"{name} has shapes {shapes}; expected runs of one base")
-    hashes: dict[str, dict[str, str]] = {"base": {}, "sft": {}, "aux": {}}
-    layers: dict[str, Geometry] = {}
-    gammas: dict[str, str] = {}
-
-    def gamma_of(name: str) -> np.ndarray:
-        found = {who: folder.read(name) for who, folder in folders.items()}
-        for who, array in found.items():
-            require_finite(array, name, where=str(folders[who].path))
-            hashes[who][name] = tensor_hash(array)
-        kept, layers[name] = _difference(**found)
-        require_finite(kept, name, where=f"{aux} - {sft}")
-        gammas[name] = tensor_hash(kept)
-        return kept
-
+    taking = _Taking(folders)
     with staged(Path(out)) as staging:
-        write_like(folders["base"], names, staging, gamma_of)
-        for who, folder in folders.items():
-            for name in folder.tensors:
-                if name not in hashes[who]:
-                    hashes[who][name] = tensor_hash(folder.read(name))
+        write_like(folders["base"], names, staging, taking.gamma)
+        hashes = {
+            who: taking.hashes[who] | {n: f.hash(n) for n in f.tensors if n not in taking.hashes[who]}
+            for who, f in folders.items()
+        }
         manifest = Manifest(
             base_hash=root_hash(hashes["base"]),
             sft_hash=root_hash(hashes["sft"]),
             aux_hash=root_hash(hashes["aux"]),
-            gamma_hash=root_hash(gammas),
+            gamma_hash=root_hash(taking.gammas),
             recipes={who: found for who, folder in folders.items() if (found := _recipe_hash(folder.path))},
-            layers=layers,
+            init_states=sorted({state for folder in folders.values() for state in states_seen(folder.path)}),
+            layers=taking.layers,
         )
         (staging / MANIFEST).write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
     return manifest
 
 
-def _difference(*, base: np.ndarray, sft: np.ndarray, aux: np.ndarray) -> tuple[np.ndarray, Geometry]:
-    """aux - sft in the dtype of base, and how it lies to sft - base; in float32, block by block."""
-    gamma, sums = np.empty_like(base), np.zeros(3)
-    flat = [array.reshape(-1) for array in (base, sft, aux)]
-    for part in blocks(gamma.size):
-        theirs, plain, helped = (widen(array[part]) for array in flat)
-        taught, moved = helped - plain, plain - theirs
-        gamma.reshape(-1)[part] = narrow(taught, gamma.dtype)
-        sums += [float(np.vdot(a, b)) for a, b in ((taught, taught), (moved, moved), (taught, moved))]
-    norms = np.sqrt(sums[:2])
-    return gamma, Geometry(gamma_norm=float(norms[0]), sft_norm=float(norms[1]), inner=float(sums[2]))
+class _Taking:
+    """Differences under way, and what is found out about each weight while its rows pass."""
+
+    def __init__(self, folders: Mapping[str, ShardFolder]) -> None:
+        """`folders`: base, sft and aux, in this order."""
+        self._folders = folders
+        self.hashes: dict[str, dict[str, str]] = {who: {} for who in folders}
+        self.gammas: dict[str, str] = {}
+        self.layers: dict[str, Geometry] = {}
+
+    def gamma(self, name: str) -> Iterator[np.ndarray]:
+        """One weight's, block by block."""
+        like, folders = self._folders["base"].tensors[name], self._folders
+        digests = {who: TensorDigest(f.tensors[name].array_dtype, like.shape) for who, f in folders.items()}
+        kept, sums = TensorDigest(like.array_dtype, like.shape), np.zeros(3)
+        for parts in zip(*(folder.blocks(name) for folder in folders.values()), strict=True):
+            for (who, digest), part in zip(digests.items(), parts, strict=True):
+                require_finite(part, name, where=str(folders[who].path))
+                digest.update(part)
+            gamma, more = _difference(*parts)
+            require_finite(gamma, name, where=f"{folders['aux'].path} - {folders['sft'].path}")
+            kept.update(gamma)
+            sums += more
+            yield gamma
+        for who, digest in digests.items():
+            self.hashes[who][name] = digest.hexdigest()
+        self.gammas[name] = kept.hexdigest()
+        norms = np.sqrt(sums[:2])
+        self.layers[name] = Geometry(
+            gamma_norm=float(norms[0]), sft_norm=float(norms[1]), inner=float(sums[2])
+        )
 
 
-def load_vector(vector: str | Path) -> dict[str, np.ndarray]:
-    """A vector's tensors by weight, float32. Raises CapabilityError for a folder that is none, or an altered one."""
-    gammas = open_weights(vector)
-    require_intact(gammas)
-    return {name: widen(gammas.read(name)) for name in gammas.tensors}
+def _difference(base: np.ndarray, sft: np.ndarray, aux: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """aux - sft in the dtype of base, taken in float32; and its square, that of sft - base, and their product,
+    summed."""
+    theirs, plain, helped = (widen(array) for array in (base, sft, aux))
+    taught, moved = helped - plain, plain - theirs
+    pairs = ((taught, taught), (moved, moved), (taught, moved))
+    return narrow(taught, base.dtype), np.array([float(np.vdot(a, b)) for a, b in pairs])
 
 
-def verify_vector(vector: str | Path) -> None:
-    """Read a vector through, tensor by tensor. Raises CapabilityError as `load_vector`."""
-    require_intact(open_weights(vector))
+class Vector(Mapping[str, np.ndarray]):
+    """A vector's tensors by weight, in the dtype that they are stored in, each read when it is asked for."""
+
+    def __init__(self, path: str | Path, *, names: Mapping[str, str] | None = None) -> None:
+        """`names`: what a network calls the weights, by what they are called on the disk; those not named keep theirs.
+        Raises CapabilityError for a folder that is no vector, or an altered one."""
+        self._folder = open_weights(path)
+        require_intact(self._folder)
+        self._stored = {(names or {}).get(name, name): name for name in self._folder.tensors}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._folder.read(self._stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By weight, of what is stored."""
+        return {name: self._folder.tensors[stored].shape for name, stored in self._stored.items()}
 
 
 def require_intact(gammas: ShardFolder) -> None:
-    """Raise CapabilityError unless a vector hashes to what it says."""
+    """Raise CapabilityError unless a vector hashes to what it says, and says how every weight of it lies."""
     manifest = read_manifest(gammas.path)
-    held = root_hash({name: tensor_hash(gammas.read(name)) for name in gammas.tensors})
+    if set(manifest.layers) != set(gammas.tensors):
+        odd = sorted(set(manifest.layers) ^ set(gammas.tensors))
+        raise CapabilityError(
+            f"{gammas.path} is incomplete or altered: {MANIFEST} and its tensors disagree about {odd[0]}; extract it "
+            "again"
+        )
+    held = gammas.content_hash()
     if held != manifest.gamma_hash:
         raise CapabilityError(
             f"{gammas.path} is incomplete or altered: it hashes to {held[:12]}, {MANIFEST} says "
@@ -189,12 +226,6 @@ def read_manifest(vector: str | Path) -> Manifest:
         raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
 
 
-def recipe_of(weights: str | Path) -> Path | None:
-    """The recipe of the run whose `checkpoints/start` these weights are; None where they are none's."""
-    recipe = Path(weights).resolve().parent.parent / "recipe.yaml"
-    return recipe if recipe.is_file() else None
-
-
 def _recipe_hash(weights: Path) -> str:
     recipe = recipe_of(weights)
     return hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe is not None else ""
@@ -209,13 +240,13 @@ def open_weights(path: str | Path) -> ShardFolder:
 
 
 def write_like(
-    like: ShardFolder, names: list[str], folder: Path, array_of: Callable[[str], np.ndarray]
+    like: ShardFolder, names: list[str], folder: Path, blocks_of: Callable[[str], Iterator[np.ndarray]]
 ) -> None:
-    """Write these of `like`'s tensors, file by file as they lie there, as `array_of` gives them."""
+    """Write these of `like`'s tensors, file by file as they lie there, as `blocks_of` gives their rows."""
     for file in like.files:
         here: dict[str, Stored] = {n: like.tensors[n] for n in names if like.tensors[n].file == file}
         if here:
-            write_shard(folder / file, here, ((name, array_of(name)) for name in here), like.metadata[file])
+            write_shard(folder / file, here, ((name, blocks_of(name)) for name in here), like.metadata[file])
 
 
 @contextmanager
@@ -232,11 +263,6 @@ def staged(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def blocks(size: int) -> Iterator[slice]:
-    """Slices that cover `size` numbers, BLOCK at a time."""
-    return (slice(start, start + BLOCK) for start in range(0, size, BLOCK))
 
 
 def require_finite(array: np.ndarray, name: str, *, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,18 @@ import numpy as np
 from learners import checkpoint
 from learners.capability import (
     CapabilityError,
-    blocks,
+    Manifest,
     open_weights,
     read_manifest,
-    recipe_of,
     require_finite,
     require_intact,
     staged,
     write_like,
 )
+from learners.lineage import MERGED, STATES, read_origin, recipe_of, states_seen
 from policies.weights.shards import ShardFolder
 from trajectories.bfloat16 import narrow, widen
-from trajectories.hashing import root_hash, tensor_hash
-
-MERGED = "merged.json"
-"""Beside merged weights: the hashes of their base and of the vector, and how much of it was added."""
+from trajectories.hashing import TensorDigest, root_hash
 
 
 def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path) -> str:
@@ -33,22 +31,29 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
     whatever else lies in its folder; returns its content hash.
 
     Sums are taken in float32 and cast once. With alpha 0 the weights are those of `base` to the bit. Raises
-    CapabilityError for a vector of another base, a result that is not finite, or an `out` that exists.
+    CapabilityError for a vector of another base, a result that is not finite, or an `out` that exists or lies in
+    `base`.
     """
-    theirs, gammas = open_weights(base), open_weights(vector)
-    _require_base(theirs, gammas.path)
+    theirs, gammas, out = open_weights(base), open_weights(vector), Path(out)
+    if out.resolve().is_relative_to(theirs.path.resolve()):
+        raise CapabilityError(f"{out} lies in {base}, which is copied there; name a folder elsewhere")
+    manifest = _require_base(theirs, gammas.path)
     require_intact(gammas)
     hashes: dict[str, str] = {}
 
-    def merged(name: str) -> np.ndarray:
-        array = theirs.read(name)
-        if alpha and name in gammas.tensors:
-            array = _added(array, gammas.read(name), alpha)
-            require_finite(array, name, where=f"{base} + {alpha:g} {vector}")
-        hashes[name] = tensor_hash(array)
-        return array
+    def merged(name: str) -> Iterator[np.ndarray]:
+        stored = theirs.tensors[name]
+        digest = TensorDigest(stored.array_dtype, stored.shape)
+        added = gammas.blocks(name) if alpha and name in gammas.tensors else None
+        for block in theirs.blocks(name):
+            if added is not None:
+                block = _added(block, next(added), alpha)
+                require_finite(block, name, where=f"{base} + {alpha:g} {vector}")
+            digest.update(block)
+            yield block
+        hashes[name] = digest.hexdigest()
 
-    with staged(Path(out)) as staging:
+    with staged(out) as staging:
         own = (theirs.path / checkpoint.METADATA).is_file()
         replaced = (*theirs.files, *((checkpoint.MANIFEST,) if own else ()))
         shutil.copytree(
@@ -58,8 +63,13 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
             ignore=lambda folder, _: replaced if Path(folder) == theirs.path else (),
         )
         write_like(theirs, list(theirs.tensors), staging, merged)
-        manifest = read_manifest(vector)
-        said = {"base_hash": manifest.base_hash, "gamma_hash": manifest.gamma_hash, "alpha": alpha}
+        said = {
+            "merged_hash": root_hash(hashes),
+            "base_hash": manifest.base_hash,
+            "gamma_hash": manifest.gamma_hash,
+            "alpha": alpha,
+            STATES: sorted({*states_seen(base), *manifest.init_states}),
+        }
         (staging / MERGED).write_text(json.dumps(said, indent=1))
         if own:  # a run's own checkpoint: so is what comes of it
             checkpoint.seal(staging, sequence=1)
@@ -84,34 +94,36 @@ def merged_once(base: str | Path, vector: str | Path, *, alpha: float, root: str
 
 
 def descends(weights: str | Path, vector: str | Path) -> bool:
-    """Whether a vector is of these weights: they are its base, or were merged from that and from the vector itself."""
-    manifest = read_manifest(vector)
-    merged = Path(weights) / MERGED
-    if merged.is_file():
-        said = json.loads(merged.read_text())
-        return (said["base_hash"], said["gamma_hash"]) == (manifest.base_hash, manifest.gamma_hash)
-    return _content(open_weights(weights)) == manifest.base_hash
+    """Whether a vector is of these weights: they are its base, or were merged from that and from the vector itself.
+
+    Raises CapabilityError for merged weights that are not, or do not say, what they were when they were merged.
+    """
+    manifest, held = read_manifest(vector), open_weights(weights)
+    file = held.path / MERGED
+    if not file.is_file():
+        return held.content_hash() == manifest.base_hash
+    try:
+        said = read_origin(file)
+        merged, of = said["merged_hash"], (said["base_hash"], said["gamma_hash"])
+    except (KeyError, ValueError) as error:
+        raise CapabilityError(f"{file} does not say what was merged ({error}); merge again") from error
+    if held.content_hash() != merged:
+        raise CapabilityError(f"{weights} is not what {MERGED} says was merged there; merge again")
+    return of == (manifest.base_hash, manifest.gamma_hash)
 
 
 def _added(base: np.ndarray, gamma: np.ndarray, alpha: float) -> np.ndarray:
-    """base + alpha gamma, in float32 block by block, cast once."""
-    total = np.empty_like(base)
-    flat, gammas, out = base.reshape(-1), gamma.reshape(-1), total.reshape(-1)
+    """base + alpha gamma, in float32, cast once."""
     with np.errstate(over="ignore", invalid="ignore"):
-        for part in blocks(base.size):
-            out[part] = narrow(widen(flat[part]) + np.float32(alpha) * widen(gammas[part]), base.dtype)
-    return total
+        return narrow(widen(base) + np.float32(alpha) * widen(gamma), base.dtype)
 
 
-def _content(base: ShardFolder) -> str:
-    return root_hash({name: tensor_hash(base.read(name)) for name in base.tensors})
-
-
-def _require_base(base: ShardFolder, vector: Path) -> None:
-    expected = read_manifest(vector).base_hash
-    found = _content(base)
-    if found != expected:
+def _require_base(base: ShardFolder, vector: Path) -> Manifest:
+    manifest = read_manifest(vector)
+    found = base.content_hash()
+    if found != manifest.base_hash:
         raise CapabilityError(
-            f"{vector} was extracted from the base {expected[:12]}, {base.path} is {found[:12]}; merge it into the one "
-            "it came from"
+            f"{vector} was extracted from the base {manifest.base_hash[:12]}, {base.path} is {found[:12]}; merge it "
+            "into the one it came from"
         )
+    return manifest

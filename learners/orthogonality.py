@@ -5,7 +5,7 @@ CapVector, arXiv 2605.10903, Eq. 8: L = L_action + lambda L_orth. The objectives
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +16,14 @@ from objectives.orthogonal import (
     LowRank,
     Matrix,
     Rescaled,
+    cosine,
     cosine_penalty,
     elementwise_and_gradient,
     elementwise_penalty,
     squared_cosine_and_gradient,
 )
 from policies.weights import adapters
+from policies.weights.snapshots import to_tensor
 
 FLOOR = 0.1
 """Share of the vector's norm below which a change has no direction yet, see `objectives.orthogonal.squared_cosine`."""
@@ -31,13 +33,18 @@ class OrthogonalPenalty(Protocol):
     """One penalty between a vector and the changes of the weights that both know.
 
     Example:
-        penalty = FullPenalty(policy.module, part, load_vector(part.vector))
+        penalty = FullPenalty(policy.module, part, Vector(part.vector))
         loss.backward()
         metrics |= penalty.add_gradients()
     """
 
     def value(self) -> torch.Tensor:
         """The penalty before its weight, a scalar, differentiable."""
+        ...
+
+    def lie(self) -> dict[str, float]:
+        """How what has changed lies to the vector, whatever the penalty makes of it: `vector_cosine`, the mean of the
+        weights' cosines, and `vector_cosine_most`, the largest in magnitude; see `objectives.orthogonal.cosine`."""
         ...
 
     def add_gradients(self) -> dict[str, float]:
@@ -67,6 +74,13 @@ class FullPenalty:
         if self._part.penalty == "elementwise":
             return elementwise_penalty(self._gamma, changes)
         return cosine_penalty(self._gamma, changes, floor=FLOOR, squares=self._squares)
+
+    @torch.no_grad()
+    def lie(self) -> dict[str, float]:
+        return _lie(
+            cosine(self._gamma[name], weight - self._began[name], squares=self._squares[name])
+            for name, weight in self._weights.items()
+        )
 
     @torch.no_grad()
     def add_gradients(self) -> dict[str, float]:
@@ -117,6 +131,13 @@ class AdapterPenalty:
         changes = {shape: stack.change() for shape, stack in self._stacks.items()}
         return cosine_penalty(self._gamma, changes, floor=FLOOR, squares=self._squares)
 
+    @torch.no_grad()
+    def lie(self) -> dict[str, float]:
+        return _lie(
+            cosine(stack.gamma, stack.change(), squares=self._squares[shape])
+            for shape, stack in self._stacks.items()
+        )
+
     def add_gradients(self) -> dict[str, float]:
         value = self.value()
         (self._part.weight * value).backward()
@@ -154,6 +175,12 @@ class _Stack:
         )
 
 
+def _lie(cosines: Iterable[torch.Tensor]) -> dict[str, float]:
+    found = torch.cat([one.flatten().float().cpu() for one in cosines])
+    most = found[found.abs().argmax()].item()
+    return {"vector_cosine": found.mean().item(), "vector_cosine_most": most}
+
+
 def _weight(layer: adapters.AdaptedLinear) -> torch.Tensor:
     """Of the layer as it was before the adapter."""
     return layer.get_base_layer().get_parameter("weight").detach()
@@ -169,13 +196,16 @@ def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor
     names = [name for name in vector if name in weights]
     if not names:
         raise ValueError("the capability vector names none of the weights that are trained here")
+    shared = {}
     for name in names:
-        if vector[name].shape != tuple(weights[name].shape):
+        gamma = to_tensor(vector[name])
+        if gamma.shape != weights[name].shape:
             raise ValueError(
-                f"the capability vector's {name} is {list(vector[name].shape)}, expected "
-                f"{list(weights[name].shape)}: it was extracted from another network"
+                f"the capability vector's {name} is {list(gamma.shape)}, expected {list(weights[name].shape)}: it was "
+                "extracted from another network"
             )
-    return {name: torch.from_numpy(vector[name]).to(weights[name]) for name in names}
+        shared[name] = gamma.to(weights[name])
+    return shared
 
 
 def _squares(gamma: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

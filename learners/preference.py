@@ -244,9 +244,10 @@ class PreferenceLearner:
         self._part = self._recipe if found is None else found.in_force(self._recipe)
 
     def _said(self) -> dict[str, float]:
-        """What was calibrated, for a report."""
+        """What was calibrated, and how the adapter lies to a capability vector, for a report."""
         spread = {} if self._spread is None else self._spread.metrics(self._recipe)
-        return (self._calibration or {}) | spread
+        lies = {} if self._penalty is None else self._penalty.lie()
+        return (self._calibration or {}) | spread | lies
 
     @contextmanager
     def _training(self) -> Iterator[None]:

@@ -56,7 +56,8 @@ class SupervisedLearner:
 
     def step(self) -> dict[str, float]:
         """One optimizer step. Returns `loss` (the paradigm's own), `lr` and `grad_norm` (before clipping); where there
-        are such, the `auxiliary_loss` and the `orthogonal_penalty`, before their weights.
+        are such, the `auxiliary_loss` and the `orthogonal_penalty`, before their weights, and of the last step how
+        all that has changed lies to the vector.
 
         Raises RuntimeError after the last step, and FloatingPointError when loss or gradient is not finite.
         """
@@ -86,6 +87,8 @@ class SupervisedLearner:
             )
         self._optimizer.step()
         self.steps_done += 1
+        if self._penalty is not None and self.steps_done == part.steps:
+            extra |= self._penalty.lie()
         return {"loss": loss.item(), "lr": lr, "grad_norm": norm.item(), **extra}
 
     def fit(self, *, on_step: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, float]:

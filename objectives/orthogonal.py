@@ -133,6 +133,12 @@ def squared_cosine(
     return product.square() / (squares * (squared_norm(delta) + floor**2 * squares) + _TINY**2)
 
 
+def cosine(gamma: Matrix, delta: Matrix, *, squares: torch.Tensor) -> torch.Tensor:
+    """cos of the angle between two changes of one weight, in [-1, 1], as it is; 0 where either is zero. Of a stack, by
+    matrix. `squares` is ||gamma||^2."""
+    return inner(gamma, delta) / (squares * squared_norm(delta)).sqrt().clamp_min(_TINY)
+
+
 def cosine_penalty(
     gamma: Mapping[str, Matrix],
     delta: Mapping[str, Matrix],

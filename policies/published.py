@@ -24,6 +24,7 @@ from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
 from policies.openvla.images import openvla_view
 from policies.openvla.inputs import OpenVLAInputs
 from policies.parallel import ParallelPolicy
+from policies.pi0.checkpoint import weight_names as pi0_names
 from policies.pi0.folder import Pi0Folder, open_pi0
 from policies.pi0.inputs import PublishedInputs
 from policies.pi0.network import Pi0Network
@@ -147,26 +148,44 @@ def check_published(part: PolicyPart, *, image_size: int) -> int:
     not fit, quantised weights, an unknown unnorm_key, a setting that contradicts the checkpoint, or cameras of
     `image_size` pixels a side, fewer than the checkpoint's own images have.
     """
-    folder = _folder(part)
     try:
-        network: torch.nn.Module
-        if part.paradigm == "flow":
-            config = _pi0(part).config
-            side = config.vision.image
-            with torch.device("meta"):
-                network = Pi0Network(config)
-        else:
-            found = open_openvla(folder)
-            found.actions(part.unnorm_key)
-            if part.paradigm == "diffusion":
-                found.mask_id()
-            elif part.decoding == "sequential":
-                _one_action(part)
-            side, network = found.image_size, found.layout.empty()
-        _large_enough(folder, side, image_size)
+        network, side = _empty(part)
+        _large_enough(_folder(part), side, image_size)
     except ValueError as error:
         raise PublishedError(f"policy.checkpoint: {error}") from error
     return sum(p.numel() for p in network.parameters()) * DTYPES[part.dtype].itemsize
+
+
+def published_shapes(part: PolicyPart) -> dict[str, tuple[int, ...]]:
+    """Of the network's weights by name. Raises ValueError as `check_published`."""
+    network, _ = _empty(part)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _empty(part: PolicyPart) -> tuple[torch.nn.Module, int]:
+    """The network without memory, and the rows and columns of its images, once the folder is found to be whole."""
+    if part.paradigm == "flow":
+        config = _pi0(part).config
+        with torch.device("meta"):
+            return Pi0Network(config), config.vision.image
+    found = open_openvla(_folder(part))
+    found.actions(part.unnorm_key)
+    if part.paradigm == "diffusion":
+        found.mask_id()
+    elif part.decoding == "sequential":
+        _one_action(part)
+    return found.layout.empty(), found.image_size
+
+
+def weight_names(part: PolicyPart) -> dict[str, str]:
+    """What the network calls the weights of `part.checkpoint` that go by other names there, by those: flow alone has
+    layouts of other names. Raises PublishedError as `check_published`."""
+    if part.checkpoint is None or part.paradigm != "flow":
+        return {}
+    try:
+        return pi0_names(part.checkpoint, _pi0(part).config)
+    except ValueError as error:
+        raise PublishedError(f"policy.checkpoint: {error}") from error
 
 
 def located(part: PolicyPart) -> PolicyPart:

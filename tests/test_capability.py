@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from learners.capability import CapabilityError, extract, read_manifest
-from learners.checkpoint import load_checkpoint, save_checkpoint
-from learners.merging import merge
+from learners.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from learners.lineage import states_seen
+from learners.merging import descends, merge
 from policies.weights.shards import ShardFolder, Stored, write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +143,55 @@ def test_what_does_not_go_together_is_refused(trio: tuple[Path, Path, Path], tmp
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".staging")]
 
 
+def test_merged_weights_descend_from_the_vector_while_they_are_what_was_merged(
+    trio: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, sft, aux = trio
+    gamma, merged = tmp_path / "gamma", tmp_path / "merged"
+    extract(base, sft=sft, aux=aux, out=gamma)
+    with pytest.raises(CapabilityError, match=r"lies in .*base, which is copied there"):
+        merge(base, gamma, alpha=1, out=base / "merged")
+    merge(base, gamma, alpha=1, out=merged)
+    assert [descends(path, gamma) for path in (base, merged, sft)] == [True, True, False]
+    save_file(
+        {n: t + 1 for n, t in load_file(merged / "model-1.safetensors").items()},
+        merged / "model-1.safetensors",
+    )
+    with pytest.raises(CapabilityError, match=r"is not what merged.json says was merged there"):
+        descends(merged, gamma)
+    for text in ("{", "[]", "{}"):
+        (merged / "merged.json").write_text(text)
+        with pytest.raises(CapabilityError, match=r"merged.json does not say what was merged"):
+            descends(merged, gamma)
+
+
+def test_a_manifest_that_does_not_speak_of_its_tensors_is_refused(
+    trio: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, sft, aux = trio
+    extract(base, sft=sft, aux=aux, out=tmp_path / "gamma")
+    file = tmp_path / "gamma" / "capability.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": {}}))
+    with pytest.raises(CapabilityError, match=r"capability.json and its tensors disagree about decoder.norm"):
+        merge(base, tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
+
+
+def test_states_seen_are_those_of_all_ancestors(tmp_path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in weights(0).items()}
+    paths = [
+        save_checkpoint(tmp_path, name, {n: a + i for n, a in arrays.items()}, {"init_states": states})
+        for i, (name, states) in enumerate((("base", [0, 1]), ("sft", [0, 1, 5]), ("aux", [7, 0])))
+    ]
+    manifest = extract(paths[0], sft=paths[1], aux=paths[2], out=tmp_path / "gamma")
+    assert manifest.init_states == [0, 1, 5, 7]
+    merge(paths[0], tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
+    assert states_seen(tmp_path / "merged") == [0, 1, 5, 7]
+    assert states_seen(tmp_path / "gamma") == []  # a vector is no weights; its manifest says
+    (tmp_path / "merged" / "merged.json").write_text('{"init_states": ["all"]}')
+    with pytest.raises(CheckpointError, match=r"init_states is \['all'\], expected whole numbers"):
+        states_seen(tmp_path / "merged")
+
+
 def test_what_comes_of_a_run_s_checkpoint_is_one(tmp_path: Path) -> None:
     arrays = {name: tensor.numpy() for name, tensor in weights(0).items()}
     base = save_checkpoint(tmp_path, "start", arrays, {"steps": 3})
@@ -154,11 +205,15 @@ def test_what_comes_of_a_run_s_checkpoint_is_one(tmp_path: Path) -> None:
 def test_a_shard_is_what_safetensors_writes(tmp_path: Path) -> None:
     tensors = weights(0)
     stored = {n: Stored(file="own", dtype="F32", shape=tuple(t.shape)) for n, t in tensors.items()}
-    write_shard(tmp_path / "own", stored, ((n, t.numpy()) for n, t in tensors.items()), {})
+    write_shard(tmp_path / "own", stored, ((n, [t.numpy()]) for n, t in tensors.items()), {})
     for name, tensor in load_file(tmp_path / "own").items():
         assert torch.equal(tensor, tensors[name])
-    with pytest.raises(ValueError, match=r"expected decoder.q.weight \[6, 4\]"):
-        write_shard(tmp_path / "own", stored, iter([("decoder.q.weight", np.zeros((4, 6), np.float32))]), {})
+    for blocks, said in (
+        ([np.zeros((4, 6), np.float32)], r"got rows \[6\] of float32 as decoder.q.weight, expected \[4\]"),
+        ([np.zeros((4, 4), np.float32)], r"got decoder.q.weight of 64 bytes, expected .* \[6, 4\] of 96"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            write_shard(tmp_path / "own", stored, iter([("decoder.q.weight", blocks)]), {})
 
 
 def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -168,27 +223,59 @@ def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
         ShardFolder(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_blocks_give_what_the_whole_gives(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of two rows of the widest weight; a scalar too has one."""
+    paths = [
+        folder(tmp_path / name, weights(seed, dtype) | {"scale": torch.tensor(float(seed), dtype=dtype)})
+        for seed, name in enumerate(("base", "sft", "aux"))
+    ]
+    made = []
+    for block in (1 << 20, 12):
+        monkeypatch.setattr("policies.weights.shards.BLOCK", block)
+        gamma, out = tmp_path / f"gamma-{block}", tmp_path / f"merged-{block}"
+        manifest = extract(paths[0], sft=paths[1], aux=paths[2], out=gamma)
+        made.append((manifest, merge(paths[0], gamma, alpha=0.7, out=out), read(out)))
+    (whole, one, first), (parts, other, second) = made
+    assert (parts.base_hash, parts.gamma_hash, other) == (whole.base_hash, whole.gamma_hash, one)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, layer in whole.layers.items():
+        assert parts.layers[name].inner == pytest.approx(layer.inner, rel=1e-5, abs=1e-6)
+
+
 _PEAK = """
 import pathlib, re, sys
+from learners.capability import extract
 from learners.merging import merge
 def peak():  # bytes; unlike ru_maxrss it begins with this program, not with the one that started it
     return 1024 * int(re.search("VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+what, base, other, out = sys.argv[1:]
 before = peak()
-merge(sys.argv[1], sys.argv[2], alpha=1.1, out=sys.argv[3])
+if what == "extract":
+    extract(base, sft=base, aux=other, out=out)
+else:
+    merge(base, other, alpha=1.1, out=out)
 print(peak() - before)
 """
 
 
-def test_a_merge_takes_less_memory_than_two_shards(tmp_path: Path) -> None:
-    """Two shards of 48 MB, as a model of 7 B weights has three of gigabytes whose largest tensor is a fraction."""
+@pytest.mark.parametrize("rows", [1024, 65536])
+def test_neither_extracting_nor_merging_takes_the_memory_of_a_shard(tmp_path: Path, rows: int) -> None:
+    """Two shards of 128 MiB, as a model of 7 B weights has three of gigabytes: of many tensors, or of one alone, which
+    an embedding may be."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"layers.{i}.weight": torch.randn(1024, 1024, generator=generator).bfloat16() for i in range(48)
+        f"layers.{i}.weight": torch.randn(rows, 1024, generator=generator).bfloat16()
+        for i in range(2 * 65536 // rows)
     }
     base, aux = folder(tmp_path / "base", tensors), tmp_path / "aux"
     folder(aux, {n: t + 1 for n, t in tensors.items()})
-    extract(base, sft=base, aux=aux, out=tmp_path / "gamma")
-    command = [sys.executable, "-c", _PEAK, str(base), str(tmp_path / "gamma"), str(tmp_path / "merged")]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    del tensors
     shard = max(file.stat().st_size for file in base.glob("*.safetensors"))
-    assert 0 < grown < 2 * shard
+    gamma, merged = tmp_path / "gamma", tmp_path / "merged"
+    for asked in (("extract", base, aux, gamma), ("merge", base, gamma, merged)):
+        command = [sys.executable, "-c", _PEAK, *map(str, asked)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        assert 0 < int(said) < shard, asked[0]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from actors.pipeline import train
 from configs.loader import RecipeError, load_recipe
 from launch import app
-from learners.capability import CapabilityError, extract
+from learners.capability import CapabilityError, extract, read_manifest
 from learners.checkpoint import load_checkpoint
 from learners.merging import merged_once
 from tests.test_paradigm_loops import LITTLE, TINY, metrics
@@ -91,6 +91,14 @@ def test_a_start_and_a_round_are_held_apart_from_the_vector(root: Path, vector: 
     (update,) = metrics(root / "meta", "update")
     for line in (supervised, update):
         assert 0 < line["orthogonal_penalty"] < 1
+    (learned,) = metrics(root / "meta", "learned")
+    for line in (supervised, learned):
+        assert 0 < abs(line["vector_cosine"]) <= abs(line["vector_cosine_most"]) < 1
+    report = (root / "meta" / "report.md").read_text()
+    total = read_manifest(vector).total()
+    assert f"| **all** | {total.gamma_norm:.4g} | {total.ratio:.3f} | {total.cosine:.3f} |" in report
+    assert f"After an update, what had changed lay at a cosine of {learned['vector_cosine']:+.4f}" in report
+    assert "Capability vector" not in (root / "aux" / "report.md").read_text()
 
 
 def test_the_command_fine_tunes_apart_from_a_vector_element_by_element(root: Path, vector: Path) -> None:
@@ -123,6 +131,10 @@ def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Pat
     others = ["tasks.demo_init_states=[1]", "tasks.train_init_states=[1]"]
     with pytest.raises(RecipeError, match=r"supervised.init: .* was trained on the initial states \[0\]"):
         train(load_recipe(TINY, [*same, "tasks.held_out_init_states=[0]", *others]))
+    assert read_manifest(vector).init_states == [0]
+    apart = [*LITTLE, f"root={root}", "name=other", "rollouts.rounds=0", f"capability.vector={vector}"]
+    with pytest.raises(RecipeError, match=r"capability.vector: .* was trained on the initial states \[0\]"):
+        train(load_recipe(TINY, [*apart, "tasks.held_out_init_states=[0]", *others]))
     elsewhere = [*LITTLE, f"root={root}", "name=other", "rollouts.rounds=0", f"capability.vector={vector}"]
     with pytest.raises(
         RecipeError, match=r"capability.vector: .* was extracted from another base than random weights"

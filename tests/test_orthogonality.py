@@ -11,7 +11,7 @@ import torch
 from configs.loader import RecipeError, load_recipe
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
-from learners.capability import extract, load_vector
+from learners.capability import Vector, extract
 from learners.checkpoint import load_checkpoint, save_checkpoint
 from learners.merging import merge
 from learners.orthogonality import FLOOR, AdapterPenalty, FullPenalty
@@ -62,7 +62,7 @@ def test_the_vector_of_two_equal_runs_changes_nothing_to_the_bit(
     save_checkpoint(tmp_path, "base", state_tensors(new_policy().module), {})
     save_checkpoint(tmp_path, "sft", train(new_policy()), {})
     extract(tmp_path / "base", sft=tmp_path / "sft", aux=tmp_path / "sft", out=tmp_path / "gamma")
-    vector = load_vector(tmp_path / "gamma")
+    vector = Vector(tmp_path / "gamma")
     assert all(not array.any() for array in vector.values())
     assert FullPenalty(new_policy().module, part, vector).value().item() == 0
     assert same(train(new_policy(), part, vector), train(new_policy()))
@@ -178,6 +178,18 @@ def test_a_round_s_update_is_held_apart_too() -> None:
         report = learner.update(pairs, [pair.chosen for pair in pairs], [])
         assert report.steps == 15
         assert ("orthogonal_penalty" in report.metrics) is (capability is not None)
+        if capability is not None:
+            cosines = [
+                torch.cosine_similarity(
+                    torch.from_numpy(vector[f"{name}.weight"]).flatten(),
+                    (adapters._merged_weight(layer) - layer.get_base_layer().weight.detach()).flatten(),
+                    dim=0,
+                ).item()
+                for name, layer in adapters.adapted_layers(policy.module)
+            ]
+            assert report.metrics["vector_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
+            most = max(cosines, key=abs)
+            assert report.metrics["vector_cosine_most"] == pytest.approx(most, abs=1e-4)
         return AdapterPenalty(policy.module, COSINE, vector).value().item()
 
     assert cosine_after(COSINE) < 0.5 * cosine_after(None)

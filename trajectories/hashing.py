@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 
 def tensor_hash(array: np.ndarray) -> str:
     """SHA-256 of dtype, shape and bytes (C order)."""
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).data)
+    digest = TensorDigest(array.dtype, array.shape)
+    digest.update(array)
     return digest.hexdigest()
+
+
+def blocks_hash(dtype: np.dtype, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> str:
+    """The `tensor_hash` of the array that these are the rows of, in order."""
+    digest = TensorDigest(dtype, shape)
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class TensorDigest:
+    """A `tensor_hash` under way, of an array that is never in memory as a whole."""
+
+    def __init__(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self._sha256 = hashlib.sha256(f"{dtype.str}{tuple(shape)}".encode())
+
+    def update(self, block: np.ndarray) -> None:
+        """Add the next rows."""
+        self._sha256.update(np.ascontiguousarray(block).data)
+
+    def hexdigest(self) -> str:
+        """Once all rows are added."""
+        return self._sha256.hexdigest()
 
 
 def root_hash(tensor_hashes: Mapping[str, str]) -> str:

@@ -152,12 +152,17 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Headers]]:
         yield archive, Headers(file=file, layout=layout, slices=slices)
 
 
-def check_weights(path: str | Path, config: Pi0Config) -> None:
-    """Raises ValueError as `read_weights` does, of what can be seen without reading a tensor."""
+def weight_names(path: str | Path, config: Pi0Config) -> dict[str, str]:
+    """Key in the file -> name in the network, found without reading a tensor. Raises ValueError as `read_weights`."""
     with torch.device("meta"):
         wanted = _shapes(Pi0Network(config))
     with opened(path) as (_, headers):
-        _sources(headers, wanted)
+        return {key: name for name, key in _sources(headers, wanted).items()}
+
+
+def check_weights(path: str | Path, config: Pi0Config) -> None:
+    """Raises ValueError as `read_weights` does, of what can be seen without reading a tensor."""
+    weight_names(path, config)
 
 
 def read_weights(network: Pi0Network, path: str | Path) -> None:

@@ -1,7 +1,7 @@
-"""The tensors of a folder of safetensors files, one at a time in and one at a time out.
+"""The tensors of a folder of safetensors files, some rows at a time in and some rows at a time out.
 
-A model of 7 B weights then passes through in the memory of its largest tensor. safetensors writes a file from tensors
-that are all in memory at once; its format (a length, a JSON header, the bytes:
+A model of any size then passes through in the memory of some blocks, whatever its largest tensor. safetensors writes a
+file from tensors that are all in memory at once; its format (a length, a JSON header, the bytes:
 https://github.com/huggingface/safetensors) lets a file be written front to back as soon as dtypes and shapes are
 known, and that is done here.
 """
@@ -20,10 +20,19 @@ from safetensors import SafetensorError, safe_open
 
 from policies.weights.files import refuse_integers
 from policies.weights.snapshots import to_array
+from trajectories.bfloat16 import BFLOAT16
+from trajectories.hashing import blocks_hash, root_hash
 
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_DTYPES: dict[str, np.dtype] = {
+    "BF16": BFLOAT16,
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
 _LENGTH = 8
 """Bytes that hold the header's length."""
+BLOCK = 1 << 20
+"""Numbers in memory at once, or one row where that has more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +46,18 @@ class Stored:
     shape: tuple[int, ...]
 
     @property
+    def array_dtype(self) -> np.dtype:
+        """What the tensor is in memory (bfloat16: `trajectories.bfloat16`)."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * _BYTES[self.dtype]
+        return self.numbers * self.array_dtype.itemsize
 
 
 class ShardFolder:
@@ -73,6 +91,27 @@ class ShardFolder:
         with safe_open(self.path / self.tensors[name].file, framework="pt") as file:
             return to_array(file.get_tensor(name))
 
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """One tensor's rows in order, BLOCK numbers at a time; see `read`."""
+        stored = self.tensors[name]
+        if stored.numbers <= BLOCK or not stored.shape:
+            yield self.read(name)
+            return
+        rows = max(1, BLOCK * stored.shape[0] // stored.numbers)
+        for start in range(0, stored.shape[0], rows):
+            with safe_open(self.path / stored.file, framework="pt") as file:
+                block = to_array(file.get_slice(name)[start : start + rows])
+            yield block
+
+    def hash(self, name: str) -> str:
+        """`trajectories.hashing.tensor_hash` of one tensor."""
+        stored = self.tensors[name]
+        return blocks_hash(stored.array_dtype, stored.shape, self.blocks(name))
+
+    def content_hash(self) -> str:
+        """Of all tensors."""
+        return root_hash({name: self.hash(name) for name in self.tensors})
+
     def _header(self, file: str) -> Iterator[tuple[str, Stored]]:
         where = str(self.path / file)
         try:
@@ -89,12 +128,13 @@ class ShardFolder:
 def write_shard(
     path: Path,
     stored: Mapping[str, Stored],
-    arrays: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, Iterable[np.ndarray]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file front to back and flush it to the disk; `arrays` come in the order of `stored`.
+    """Write a safetensors file front to back and flush it to the disk; `tensors` come in the order of `stored`, each as
+    its rows, block by block.
 
-    Raises ValueError for an array that is not what `stored` says of it, or for one too few or too many.
+    Raises ValueError for a tensor that is not what `stored` says of it, or for one too few or too many.
     """
     header: dict[str, dict[str, object]] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -110,12 +150,19 @@ def write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH, "little"))
         file.write(text)
-        for (name, what), (given, array) in zip(stored.items(), arrays, strict=True):
-            if given != name or array.shape != what.shape or array.nbytes != what.size:
+        for (name, what), (given, blocks) in zip(stored.items(), tensors, strict=True):
+            written = 0
+            for block in blocks:
+                if block.dtype != what.array_dtype or block.shape[1:] != what.shape[1:]:
+                    raise ValueError(
+                        f"{path}: got rows {list(block.shape[1:])} of {block.dtype} as {given}, expected "
+                        f"{list(what.shape[1:])} of {what.array_dtype}"
+                    )
+                file.write(np.ascontiguousarray(block).data)
+                written += block.nbytes
+            if given != name or written != what.size:
                 raise ValueError(
-                    f"{path}: got {given} {list(array.shape)} of {array.nbytes} bytes, expected {name} "
-                    f"{list(what.shape)} of {what.size}"
+                    f"{path}: got {given} of {written} bytes, expected {name} {list(what.shape)} of {what.size}"
                 )
-            file.write(np.ascontiguousarray(array).data)
         file.flush()
         os.fsync(file.fileno())
