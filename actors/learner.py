@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from configs.policy import PolicyPart
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import Vector
-from learners.checkpoint import keep_newest, load_checkpoint, save_checkpoint
+from learners.checkpoint import keep_newest, load_checkpoint, newest_valid, save_checkpoint
 from learners.lineage import STATES, states_seen
 from learners.orthogonality import FullPenalty
 from learners.preference import PreferenceLearner, UpdateReport
@@ -23,8 +26,16 @@ from policies.weights.snapshots import state_tensors
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
 
 PROGRESS_EVERY = 20
+UNFINISHED = "supervised"
+"""Folder, beside the checkpoints, of the state of a supervised start that is still being trained."""
+SAVE_EVERY_S = 30.0
+"""Seconds of supervised training that a death costs at most, unless saving takes long."""
+SAVING_SHARE = 0.05
+"""Of the time, at most, that goes into saving."""
 KEPT_STATES = 2
 """Learner states on disk: the last round's, and the one before should that be damaged."""
+
+log = logging.getLogger(__name__)
 
 
 def state_name(round_index: int) -> str:
@@ -71,15 +82,11 @@ class Learner:
         return str(ray.get_runtime_context().get_node_id())
 
     def supervise(self, demos: Sequence[Trajectory], *, folder: str) -> dict[str, float]:
-        """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`; with no
-        steps, the policy as it is: published weights, of which the run then has a copy of its own."""
+        """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`, going on
+        from where an earlier process of the run had come; with no steps, the policy as it is: published weights, of
+        which the run then has a copy of its own."""
         self._demos = list(demos)
         part = self._supervised
-
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            if step % PROGRESS_EVERY == 0 or step == part.steps:
-                ray.get(self._monitor.report.remote("supervised", step, part.steps, metrics))
-
         metrics: dict[str, float] = {}
         if part.init is not None:
             self._fill(part.init)
@@ -90,13 +97,35 @@ class Learner:
             learner = SupervisedLearner(
                 self._policy, part, seed=self._seed, demos=self._demos, penalty=penalty
             )
-            metrics = learner.fit(on_step=on_step)
+            metrics = self._fit(learner, Path(folder).parent / UNFINISHED)
         seen = {demo.cell.init_state for demo in self._demos} if part.steps else set()
         for began in (part.init, self._part.checkpoint):
             seen |= set() if began is None else set(states_seen(began))
         metadata = {"steps": part.steps, "seed": self._seed, STATES: sorted(seen)}
         save_checkpoint(folder, "start", state_tensors(self._policy.module), metadata)
+        shutil.rmtree(Path(folder).parent / UNFINISHED, ignore_errors=True)
         return metrics
+
+    def _fit(self, learner: SupervisedLearner, states: Path) -> dict[str, float]:
+        """Train to the end, from the newest state in the folder `states` that is intact, and leave one there now and
+        then."""
+        total, saved, cost = self._supervised.steps, time.monotonic(), 0.0
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            nonlocal saved, cost
+            if step % PROGRESS_EVERY == 0 or step == total:
+                ray.get(self._monitor.report.remote("supervised", step, total, metrics))
+            if step < total and time.monotonic() - saved > max(SAVE_EVERY_S, cost / SAVING_SHARE):
+                began = time.monotonic()
+                save_checkpoint(states, f"s{step:08d}", learner.state(), {"step": step})
+                keep_newest(states, 1)
+                saved = time.monotonic()
+                cost = saved - began
+
+        if states.is_dir() and (newest := newest_valid(states)) is not None:
+            learner.load_state(load_checkpoint(newest)[0])
+            log.info("supervised training goes on after step %d", learner.steps_done)
+        return learner.fit(on_step=on_step)
 
     def load_start(self, checkpoint: str, demos: Sequence[Trajectory]) -> None:
         """Take up a saved start instead of training one."""

@@ -137,7 +137,7 @@ def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, tot
 
 
 def supervise(crew: Crew, folder: RunFolder, demos: list[Trajectory], *, steps: int) -> None:
-    """Train the supervised start, from its first step again when the learner's process dies.
+    """Train the supervised start, and go on from the state that was saved last when the learner's process dies.
 
     Raises LearnerLostError when it dies more than MAX_RESTARTS times.
     """

@@ -39,9 +39,10 @@ PLAIN_EVERY_S = 10.0
 
 class RunFolder:
     """`<root>/<name>/`: recipe.yaml, fingerprint.json, metrics.jsonl, episodes.jsonl, events.jsonl, checkpoints/ (the
-    start and every version's adapter), learner/ (its state after the last updates), demonstrations/, tensorboard/,
-    result.json, run.lock; the preference store's trajectories/, store.jsonl, pairs.jsonl, store.lock
-    and, where a file was found damaged, quarantine/; the report's report.md, plots/ and videos/."""
+    start and every version's adapter), supervised/ (the start's training, until it has ended), learner/ (its state
+    after the last updates), demonstrations/, tensorboard/, result.json, run.lock; the preference store's trajectories/,
+    store.jsonl, pairs.jsonl, store.lock and, where a file was found damaged, quarantine/; the report's report.md,
+    plots/ and videos/; where there was a capability vector, its capability.json."""
 
     def __init__(self, path: Path, lock: FolderLock | None = None, *, resumed: bool = False) -> None:
         self.path = path

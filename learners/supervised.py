@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from configs.supervised import SupervisedPart
@@ -14,6 +15,7 @@ from learners.decisions import concatenate, stack, take
 from learners.orthogonality import OrthogonalPenalty
 from policies.encoding.observations import shift_images
 from policies.protocol import DecisionBatch, Policy
+from policies.weights.snapshots import to_array, to_tensor
 from trajectories.records import Trajectory
 
 
@@ -101,6 +103,37 @@ class SupervisedLearner:
         # Gradients of every weight would outlive this learner, and an adapter has no use for them.
         self._optimizer.zero_grad(set_to_none=True)
         return metrics
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Weights, the auxiliary head's among them, optimizer moments and random generators as named arrays, for a
+        checkpoint."""
+        arrays = {f"weight.{i}": to_array(p) for i, p in enumerate(self._parameters)}
+        for i, parameter in enumerate(self._parameters):
+            moments = self._optimizer.state[parameter]
+            arrays |= {f"optimizer.{i}.{key}": to_array(value) for key, value in moments.items()}
+        arrays["generator"] = self._generator.get_state().numpy().copy()
+        arrays["noise"] = self._noise.get_state().numpy().copy()
+        arrays["queue"] = self._queue.numpy().copy()
+        arrays["steps_done"] = np.array(self.steps_done)
+        return arrays
+
+    @torch.no_grad()
+    def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Continue exactly where `state` was taken, of the same policy, part and demonstrations. Raises KeyError naming
+        a missing array."""
+        for i, parameter in enumerate(self._parameters):
+            parameter.copy_(to_tensor(arrays[f"weight.{i}"]))
+            prefix = f"optimizer.{i}."
+            moments = {
+                k.removeprefix(prefix): to_tensor(a) for k, a in arrays.items() if k.startswith(prefix)
+            }
+            self._optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+            }
+        self._generator.set_state(torch.from_numpy(arrays["generator"].copy()))
+        self._noise.set_state(torch.from_numpy(arrays["noise"].copy()))
+        self._queue = torch.from_numpy(arrays["queue"].copy())
+        self.steps_done = int(arrays["steps_done"])
 
     @property
     def auxiliary_parameters(self) -> int:

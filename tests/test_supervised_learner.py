@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
+import ray
 import torch
+from ray.exceptions import RayActorError
 
-from configs.supervised import SupervisedPart
+import actors.learner
+from actors.learner import Learner
+from actors.monitor import MonitorActor
+from actors.placement import connect
+from configs.preference import GuardPart, PreferencePart
+from configs.supervised import CapabilityPart, SupervisedPart
+from learners.checkpoint import load_checkpoint
 from learners.supervised import SupervisedLearner, schedule
-from tests.learning import demonstration, new_policy
+from policies.protocol import Policy
+from tests.learning import ADAPTER, PART, SIZE, demonstration, new_policy
+from trajectories.hashing import weights_hash
 
 
 def test_supervised_training_reproduces_the_demonstrations() -> None:
@@ -48,3 +62,88 @@ def test_supervised_training_without_demonstrations_is_refused() -> None:
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     shares = [schedule(step, warmup=4, total=12) for step in (0, 3, 4, 8, 11)]
     assert shares == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0380602], abs=1e-6)
+
+
+@pytest.mark.parametrize("auxiliary", ["none", "future"])
+def test_supervised_training_continues_to_the_bit_from_its_state(auxiliary: str) -> None:
+    part = SupervisedPart.model_validate(
+        {"steps": 7, "batch_size": 4, "warmup_steps": 2, "auxiliary": auxiliary}
+    )
+
+    def learner() -> tuple[Policy, SupervisedLearner]:
+        policy = new_policy()
+        demos = [demonstration(1), demonstration(2)]
+        return policy, SupervisedLearner(policy, part, seed=0, demos=demos)
+
+    whole, straight = learner()
+    _, begun = learner()
+    for _ in range(3):
+        begun.step()
+    saved = begun.state()
+    begun.step()
+    policy, other = learner()
+    other.step()
+    other.load_state(saved)
+    assert other.steps_done == 3
+    assert other.fit() == straight.fit()
+    ours, theirs = policy.module.state_dict(), whole.module.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(KeyError, match=r"weight\.0"):
+        other.load_state({})
+
+
+@ray.remote
+class SavesAtOnce(Learner):
+    """Leaves its state after every step."""
+
+    def __init__(self, monitor: str) -> None:
+        actors.learner.SAVE_EVERY_S = -1.0
+        actors.learner.SAVING_SHARE = 1e9
+        super().__init__(
+            policy=PART,
+            supervised=SupervisedPart(steps=8, batch_size=4, warmup_steps=2),
+            capability=CapabilityPart(),
+            adapter=ADAPTER,
+            preference=PreferencePart(),
+            guard=GuardPart(),
+            image_size=SIZE,
+            seed=0,
+            threads=1,
+            monitor=monitor,
+        )
+
+    def die_after(self, step: int) -> int:
+        """Have the process killed where it would take another step than the first `step`; returns its pid."""
+        plain = SupervisedLearner.step
+
+        def stepped(learner: SupervisedLearner) -> dict[str, float]:
+            if learner.steps_done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(learner)
+
+        SupervisedLearner.step = stepped  # type: ignore[method-assign]
+        return os.getpid()
+
+
+@pytest.mark.ray
+def test_a_learner_that_dies_in_the_supervised_start_goes_on_where_it_saved_last(tmp_path: Path) -> None:
+    connect()
+    demos = [demonstration(1), demonstration(2)]
+    monitor = MonitorActor.options(name="monitor-supervised", num_cpus=0).remote()
+    ended = {}
+    for name in ("straight", "killed"):
+        learner = SavesAtOnce.options(num_cpus=0, max_restarts=1).remote("monitor-supervised")  # type: ignore[attr-defined]
+        run = tmp_path / name
+        ray.get(monitor.pop.remote())
+        if name == "killed":
+            ray.get(learner.die_after.remote(5))
+            with pytest.raises(RayActorError):
+                ray.get(learner.supervise.remote(demos, folder=str(run / "checkpoints")))
+            assert [path.name for path in (run / "supervised").iterdir()] == ["s00000005"]
+            ray.get(learner.__ray_ready__.options(max_task_retries=-1).remote())
+        metrics = ray.get(learner.supervise.remote(demos, folder=str(run / "checkpoints")))
+        assert not (run / "supervised").exists()
+        ended[name] = metrics, weights_hash(load_checkpoint(run / "checkpoints" / "start")[0])
+        ray.kill(learner)
+    assert ended["killed"] == ended["straight"]
+    ray.kill(monitor)
