@@ -7,13 +7,19 @@ So little is learned that no episode succeeds. The update is therefore on the de
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
+from actors.crew import Crew
+from actors.learning import Origin, begin_update, end_update, publish, take_up
+from actors.parameter_server import ParameterServer
 from actors.pipeline import train
+from actors.run_folder import RunFolder
 from configs.loader import load_recipe
 from learners.checkpoint import load_checkpoint
 from policies.weights.adapter_files import adapter_from_tensors
@@ -141,3 +147,45 @@ def test_decisions_are_stored_as_they_were_sampled_with_log_probabilities_where_
             assert decision.sample.model_chunk.dtype == (np.float32 if paradigm == "flow" else np.int64)
             assert decision.sample.logps.size == (56 if paradigm == "autoregressive" else 0)
             assert decision.sample.actions.shape == (8, 7)
+
+
+def test_a_pair_goes_from_the_store_through_the_learner_to_new_weights(run: Path, tmp_path: Path) -> None:
+    """So little is learned that both rollouts failed: one of them is taken for a success, everything else is as in a
+    run with pairs."""
+    changes = ["preference.preference_weight=1", "preference.anchor_weight=0.2", "preference.steps=6"]
+    recipe = load_recipe(
+        TINY, [*LITTLE, *PARADIGMS[paradigm_of(run)], *changes, f"root={tmp_path}", "name=paired"]
+    )
+    start, folder, crew = run / "checkpoints" / "start", RunFolder.create(recipe), Crew()
+    stored = [load_trajectory(path) for path in sorted((run / "trajectories").iterdir())]
+    first, second = [t for t in stored if t.policy_version == 0]
+    assert (first.cell.init_state, first.policy_version) == (second.cell.init_state, second.policy_version)
+    try:
+        crew.start_store(str(folder.path), preference=recipe.preference, seed=0)
+        crew.start_learner(recipe)
+        crew.server = ParameterServer(
+            start_checkpoint=str(start), saved=str(folder.checkpoints), num_shards=2
+        )
+        good = publish(crew, folder, None)
+        assert good.content_hash == first.policy_hash
+        origin = Origin(checkpoint=start, demonstrations=(), content_hash=good.content_hash)
+        take_up(crew, folder, origin, good)
+        ray.get([crew.store.add.remote(t) for t in (replace(first, outcome="success"), second)])
+        update = begin_update(crew, folder, version=0, round_index=0)
+        candidate = end_update(crew, folder, origin, update, good=good, steps=6)
+    finally:
+        crew.dismiss()
+        folder.release()
+    (mined,), (learned,) = metrics(folder.path, "pairs"), metrics(folder.path, "learned")
+    assert mined["pairs"] == 1
+    assert candidate is not None
+    assert candidate.content_hash != good.content_hash
+    assert learned["preference_loss"] < np.log(2)  # in the mean of six steps, the first of which is undecided
+    assert learned["chosen_reward"] > learned["rejected_reward"]
+
+
+def paradigm_of(run: Path) -> str:
+    part = load_recipe(run / "recipe.yaml").policy
+    if part.paradigm == "flow":
+        return part.flow.version
+    return "parallel" if part.paradigm == "autoregressive" else part.paradigm

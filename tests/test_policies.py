@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from configs.policy import DiffusionPart
 from configs.preference import AdapterPart
-from objectives import dpo
+from objectives import dpo, flow_matching
 from policies.diffusion import DiffusionPolicy
 from policies.encoding.prompts import PromptTokenizer
 from policies.flow import FlowPolicy
@@ -280,6 +280,40 @@ def test_a_diffusion_score_has_the_mean_over_all_masks() -> None:
     error = scores.std().item() / 32
     assert error < 0.02 * abs(plain)
     assert abs(scores.mean().item() - plain) < 4 * error
+
+
+def test_differences_of_flow_scores_are_flow_dpo_s_log_ratios() -> None:
+    """At a variance of 1 and summed over elements: (ell_ref - ell_theta) / 2 of the very draws, times the elements."""
+    policy, reference = new("pi0"), new("pi0")
+    assert isinstance(policy, FlowPolicy)
+    assert isinstance(reference, FlowPolicy)
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
+    batch, keys = policy.batch(*decided(policy, 3)), torch.arange(3)
+    scores = policy.score(batch, noise_keys=keys) - reference.score(batch, noise_keys=keys)
+    losses = []
+    for one in (policy, reference):
+        drawn = flow_matching.draw(
+            keys.tolist(), draws=one._part.score_draws, shape=(one._horizon, one.network.config.action_dim)
+        )
+        clean = F.pad(batch.chunk_BL.unflatten(1, (-1, 7)), (0, one.network.config.action_dim - 7))
+        noisy = flow_matching.noisy_chunk(clean[:, None], drawn.noise_BSKA, drawn.times_BS)
+        draws = drawn.times_BS.shape[1]
+        velocity = one.network.velocity(
+            one._prefix(batch, one.encode_context(batch)).repeat(draws),
+            noisy.flatten(0, 1),
+            drawn.times_BS.flatten(),
+            one._inputs.state(batch),
+        ).unflatten(0, (3, draws))
+        valid = torch.zeros(clean.shape, dtype=torch.bool)
+        valid[:, : one._chunk, :7] = True
+        losses.append(flow_matching.flow_losses(velocity, drawn.noise_BSKA, clean, valid).mean(dim=1))
+    expected = flow_matching.log_ratios(losses[0], losses[1]) * scores.shape[1]
+    assert expected.abs().min() > 1e-3
+    torch.testing.assert_close(scores.sum(dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_flow_score_is_in_nats_once_it_is_calibrated() -> None:
