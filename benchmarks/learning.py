@@ -4,8 +4,8 @@
     python -m benchmarks.learning --recipe configs/tiny_pi05.yaml --name tiny_pi05 --arms sft,dpo-dora,demos
 
 What is in brackets is the default: the table of docs/results.md. Every run is `launch.py train` on the recipe with the
-overrides below, called NAME-ARM-sSEED. It writes every held-out episode to docs/results/NAME.jsonl and the table to
-docs/results/NAME.md. What is in that file, or has finished under runs/, is not run again, so the benchmark can be
+overrides below, called NAME-ARM-sSEED. It writes every held-out episode to docs/results/NAME.jsonl, what each update
+said of itself to NAME-updates.jsonl, and the table to NAME.md. What is in that file, or has finished under runs/, is not run again, so the benchmark can be
 stopped and continued; what was run under other settings than are asked for now is refused.
 """
 
@@ -167,6 +167,15 @@ def rows_of(
     ]
 
 
+def updates_of(folder: Path, arm: str, seed: int) -> list[dict[str, Any]]:
+    """What every update of a run said of itself: see `learners.terms` and `learners.spread`."""
+    learned = [line for line in read_journal(folder / "metrics.jsonl") if line["stage"] == "learned"]
+    return [
+        {"arm": arm, "training_seed": seed} | {k: v for k, v in line.items() if k not in ("time", "stage")}
+        for line in learned
+    ]
+
+
 def measure(
     recipe: Path,
     arms: Sequence[str],
@@ -189,6 +198,7 @@ def measure(
         check_held(asked, folder, held.get((arm, seed), []))
         plan[arm, seed] = overrides, folder, asked
     journal = Journal(file, fsync=True)
+    updates = Journal(file.with_name(f"{file.stem}-updates.jsonl"), fsync=True)
     for seed, arm in product(seeds, (START, *arms)) if run else ():
         # The start is needed by every arm that is not there yet.
         if all((other, seed) in held for other in ((START, *arms) if arm == START else (arm,))):
@@ -198,6 +208,8 @@ def measure(
         if (arm, seed) not in held:
             version = 0 if arm == START else last_version(folder)
             journal.extend(rows_of(folder, asked, arm, seed, version))
+            if arm != START:
+                updates.extend(updates_of(folder, arm, seed))
 
 
 def main(
