@@ -5,8 +5,9 @@
 
 What is in brackets is the default: the table of docs/results.md. Every run is `launch.py train` on the recipe with the
 overrides below, called NAME-ARM-sSEED. It writes every held-out episode to docs/results/NAME.jsonl, what each update
-said of itself to NAME-updates.jsonl, and the table to NAME.md. What is in that file, or has finished under runs/, is not run again, so the benchmark can be
-stopped and continued; what was run under other settings than are asked for now is refused.
+said of itself to NAME-updates.jsonl, and the table to NAME.md. What is in the first, or has finished under runs/, is
+not run again, so the benchmark can be stopped and continued; what was run under other settings than are asked for now
+is refused.
 """
 
 from __future__ import annotations

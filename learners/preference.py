@@ -13,7 +13,7 @@ import torch
 
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart
-from learners.decisions import DecisionPool, stack
+from learners.decisions import DecisionPool, stack, take
 from learners.draws import Draws
 from learners.orthogonality import AdapterPenalty
 from learners.report import WINDOW, Trip, Tripwire, UpdateReport, mean_of_last, skipped
@@ -231,8 +231,11 @@ class PreferenceLearner:
     def _calibrate(self, trajectories: Sequence[Trajectory]) -> None:
         """Once, before the first step: put a surrogate's scores in nats by what the start makes of these."""
         if self._calibration is None:
+            stacked = (stack(self._policy, trajectory) for trajectory in trajectories)
+            size = self._part.micro_batch
+            batches = (take(b, rows) for b in stacked for rows in torch.arange(len(b)).split(size))
             with adapters.disabled(self._policy.module):
-                self._calibration = self._policy.calibrate(stack(self._policy, t) for t in trajectories)
+                self._calibration = self._policy.calibrate(batches)
 
     def _measure(self, draws: Draws) -> Spread | None:
         if not self._part.preference_weight:

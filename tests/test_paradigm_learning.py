@@ -17,6 +17,7 @@ from learners.decisions import NOISE_DRAWS, DecisionPool, noise_keys
 from learners.preference import PreferenceLearner
 from learners.supervised import SupervisedLearner
 from learners.terms import Draw, Side, accumulate_gradients, refer
+from policies.flow import FlowPolicy
 from policies.protocol import Policy
 from policies.weights import adapters
 from tests.paradigms import PARADIGMS, SURROGATES, new, observations
@@ -96,6 +97,21 @@ def test_a_flow_update_says_how_its_score_was_calibrated() -> None:
     assert report.history[0]["success_nll"] == pytest.approx(
         0.5, abs=0.1
     )  # half a nat an element, by definition
+
+
+def test_a_score_is_calibrated_in_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = new("pi0")
+    assert isinstance(policy, FlowPolicy)
+    sizes: list[int] = []
+    plain = policy._errors
+    monkeypatch.setattr(
+        policy,
+        "_errors",
+        lambda batch, *args, **more: sizes.append(len(batch)) or plain(batch, *args, **more),
+    )
+    learner = learner_of(policy, steps=1, micro_batch=4)
+    learner._calibrate([pair.chosen for pair in pairs_of(policy)])  # of six decisions each
+    assert sizes == [4, 2] * 3
 
 
 @pytest.mark.parametrize("name", PARADIGMS)

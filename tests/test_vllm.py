@@ -13,19 +13,24 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.parameter_server import ParameterServer, pull_snapshot
+from actors.pipeline import train
 from actors.placement import PlacementError, check_fits, connect
 from actors.policy import PolicyActor
+from configs.loader import load_recipe
 from configs.policy import PolicyPart
 from configs.preference import AdapterPart
 from configs.schema import LearnerPart, RolloutPart, ServingPart
-from learners.checkpoint import save_checkpoint
+from learners.checkpoint import load_checkpoint, save_checkpoint
 from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.engine import Engine
 from policies.make import make_policy
 from policies.weights import adapters
 from policies.weights.merging import merge
 from policies.weights.snapshots import state_tensors
+from tests.test_paradigm_loops import LITTLE, TINY, metrics
+from trajectories.codec import load_trajectory
 from trajectories.hashing import weights_hash
+from trajectories.journal import read_journal
 from trajectories.records import ActionSample, AdapterWeights, Observation, WeightSnapshot
 
 if TYPE_CHECKING:
@@ -253,3 +258,33 @@ def test_a_recipe_for_vllm_is_refused_where_it_is_not_installed() -> None:
         PlacementError, match=r"serving\.engine=vllm needs vLLM, which is not.*make setup-vllm"
     ):
         check_fits(rollouts=RolloutPart(), serving=ServingPart(engine="vllm"), learner=LearnerPart())
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.ray
+@pytest.mark.libero
+def test_a_whole_run_is_driven_through_vllm(tmp_path: Path) -> None:
+    """Start, rollouts, update, canary, evaluation: every decision but the expert's is vLLM's, under weights that are
+    handed over as they are published."""
+    train(load_recipe(TINY, [f"root={tmp_path}", "name=served", *LITTLE, "serving.engine=vllm"]))
+    run = tmp_path / "served"
+    published = {line["version"]: line["hash"] for line in metrics(run, "published")}
+    assert list(published) == [0, 1]
+    episodes = read_journal(run / "episodes.jsonl")
+    assert not any(episode["outcome"] == "fault" for episode in episodes)
+    driven = [episode for episode in episodes if episode["policy_version"] >= 0]
+    assert {(e["policy_version"], e["policy_hash"]) for e in driven} == set(published.items())
+    base, _ = load_checkpoint(run / "checkpoints" / "start")
+    part = load_recipe(run / "recipe.yaml").policy
+    policy = make_policy(part, image_size=32, seed=1, device=torch.device("cpu"))
+    policy.load(WeightSnapshot(version=0, content_hash="", tensors=base))
+    for path in sorted((run / "trajectories").iterdir()):
+        trajectory = load_trajectory(path)
+        if trajectory.policy_version:
+            continue
+        seen = [decision.observation for decision in trajectory.decisions]
+        chunks = [decision.sample.model_chunk for decision in trajectory.decisions]
+        recorded = np.stack([decision.sample.logps for decision in trajectory.decisions])
+        scored = policy.score(policy.batch(seen, chunks)).detach().numpy()
+        np.testing.assert_allclose(recorded, scored, rtol=0, atol=2e-3)
