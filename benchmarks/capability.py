@@ -1,6 +1,7 @@
 """Is a capability vector worth what is said of it? One policy fine-tuned plainly, with an auxiliary objective, merged.
 
     python -m benchmarks.capability [--seeds 0,1,2] [--steps 50,200] [--auxiliary spatial] [--alphas 1.1]
+    python -m benchmarks.capability --name capability-weights --arms apart --weights 1e-9,1e-2,1
 
 CapVector (arXiv 2605.10903) claims the success of auxiliary fine-tuning at the cost of plain fine-tuning. For each seed
 a policy is trained on the quickstart's tasks (`pre`) and fine-tuned on one more task (EXTRACTED_ON) three times:
@@ -11,7 +12,9 @@ for every number of steps, and driven over the held-out states of that task and,
 without demonstrations, with and without the penalty (`ONLINE`), and is driven over the other one too.
 
 Every run is `launch.py train` and called NAME-...-sSEED; what has finished under runs/ is not run again. Episodes go to
-docs/results/NAME.jsonl, how the vectors lie to docs/results/NAME-vectors.jsonl, and the tables to docs/results/NAME.md.
+docs/results/NAME.jsonl, how the vectors lie to docs/results/NAME-vectors.jsonl, what fine-tuning said of itself at its
+end (with a penalty: the cosine of all that it changed with the vector) to docs/results/NAME-ends.jsonl, and the tables
+to docs/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +46,10 @@ ARMS = ("sft", "auxiliary", "merged", "apart", "apart-cosine", "control")
 vector."""
 ONLINE = ("online", "online-apart")
 """A round of rollouts, DPO and likelihood of successes; the same, kept apart from gamma by the cosine penalty."""
+OF_VECTOR = ("merged", "apart", "apart-cosine", "control")
+"""Arms that a vector, and so alpha, is a part of."""
+ALPHA = 1.1
+"""The paper's; a table names others."""
 CELLS = {
     "task": "the task fine-tuned on",
     "before": "the tasks before",
@@ -59,7 +67,11 @@ class Study:
     auxiliary: str
     alpha: float
     changes: Sequence[str]
+    weight: float | None = None
+    """Of the penalty; none: the recipe's own."""
     root: Path = Path("runs")
+    ends: list[dict[str, Any]] = field(default_factory=list)
+    """What each fine-tuning said of its last step."""
 
     def folder(self, what: str) -> Path:
         return self.root / f"{self.name}-{what}-s{self.seed}"
@@ -93,7 +105,8 @@ class Study:
 
     def label(self, arm: str) -> str:
         """An arm and what else sets its runs apart."""
-        of_vector = f"{arm}-{self.auxiliary}-{self.alpha:g}"
+        weighed = "" if self.weight is None or "apart" not in arm else f"-w{self.weight:g}"
+        of_vector = f"{arm}-{self.auxiliary}-{self.alpha:g}{weighed}"
         return {"sft": arm, "auxiliary": f"{arm}-{self.auxiliary}"}.get(arm, of_vector)
 
     def settings(self, arm: str, vectors: Mapping[str, Path]) -> list[str]:
@@ -106,7 +119,8 @@ class Study:
         init = merged_once(pre, vector, alpha=self.alpha, root=self.root)
         penalty = {"apart": "elementwise", "apart-cosine": "cosine"}.get(arm)
         apart = [f"capability.vector={vector}", f"capability.penalty={penalty}"] if penalty else []
-        return [f"supervised.init={init}", *apart]
+        weighed = [f"capability.penalty_weight={self.weight}"] if penalty and self.weight is not None else []
+        return [f"supervised.init={init}", *apart, *weighed]
 
     def episodes(self, arms: Sequence[str], steps: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
         """Run everything; the outcomes of one run after another."""
@@ -118,6 +132,7 @@ class Study:
                 settings = [*self.settings(arm, vectors), f"supervised.steps={count}"]
                 run = self.run(FINE, what, [f"tasks.task_ids={USED_ON}", *settings])
                 yield self._rows(run, arm, count, "task")
+                self.ends.append(self._end(run, arm, count))
             after = [f"start={self.folder(what)}", f"tasks.task_ids={BEFORE}"]
             yield self._rows(self.run(PRE, f"{what}-before", after), arm, count, "before")
 
@@ -149,23 +164,41 @@ class Study:
         self, run: Path, arm: str, steps: int, cells: str, version: int = 0, phase: str = "evaluation"
     ) -> list[dict[str, Any]]:
         found = rows_of(run, load_recipe(run / "recipe.yaml"), arm, self.seed, version, phase)
-        extra = {"cells": cells, "steps": steps, "auxiliary": self.auxiliary, "alpha": self.alpha}
-        return [row | extra for row in found]
+        return [row | {"cells": cells} | self._of(arm, steps) for row in found]
+
+    def _end(self, run: Path, arm: str, steps: int) -> dict[str, Any]:
+        """What fine-tuning said of its last step."""
+        last = [line for line in read_journal(run / "metrics.jsonl") if line["stage"] == "supervised"][-1]
+        said = {key: value for key, value in last.items() if key not in ("time", "stage", "step", "lr")}
+        return {"arm": arm, "training_seed": self.seed, **self._of(arm, steps), **said}
+
+    def _of(self, arm: str, steps: int) -> dict[str, Any]:
+        """What sets a run of an arm and a seed apart."""
+        vector = arm in OF_VECTOR
+        return {
+            "steps": steps,
+            "auxiliary": None if arm in (START, "sft", "online") else self.auxiliary,
+            "alpha": self.alpha if vector else None,
+            "weight": self.weight if arm in ("apart", "apart-cosine") else None,
+        }
 
 
-KEYS = ("arm", "training_seed", "steps", "cells", "auxiliary", "alpha")
-"""What sets one run's outcomes apart from another's."""
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What sets one run's outcomes apart from another's."""
+    own = ["arm", "training_seed", "steps", "cells"]
+    own += ["auxiliary"] if row["arm"] not in (START, "sft", "online") else []
+    own += ["alpha"] if row["arm"] in OF_VECTOR else []
+    return (*(row.get(name) for name in own), row.get("weight"))
 
 
 def add_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append the outcomes of one run unless they are held; RecipeError where those held are of other settings."""
     if not rows:
         return
-    keys = tuple(rows[0][k] for k in KEYS)
-    held = [r for r in read_journal(file) if tuple(r[k] for k in KEYS) == keys]
+    held = [r for r in read_journal(file) if key_of(r) == key_of(rows[0])]
     other = next((r["recipe"] for r in held if r["recipe"] != rows[0]["recipe"]), None)
     if other is not None:
-        named = ", ".join(f"{k} {v}" for k, v in zip(KEYS, keys, strict=True))
+        named = ", ".join(str(value) for value in key_of(rows[0]) if value is not None)
         raise RecipeError(
             f"{file} has outcomes of {named} by recipe {other}, and {rows[0]['recipe']} is asked for; "
             "give another --name, or remove those rows"
@@ -193,20 +226,29 @@ def geometry(study: Study, vectors: Mapping[str, Path]) -> list[dict[str, Any]]:
     return rows
 
 
+def shown(row: Mapping[str, Any]) -> str:
+    """An arm's name in a table, with what it was run with where that is not the usual."""
+    name = row["arm"]
+    if name in OF_VECTOR and row["alpha"] != ALPHA:
+        name += f", alpha {row['alpha']:g}"
+    return name if row.get("weight") is None else f"{name}, weight {row['weight']:g}"
+
+
 def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: success on the task by steps, on the tasks before, of the online round, and the vectors."""
+    """Markdown: success on the task by steps, on the tasks before, of the online round, and the vectors. Rows of `sft`
+    and the start stand beside every auxiliary objective's."""
+    rows = [r | {"auxiliary": None} if r["arm"] in (START, "sft", "online") else r for r in rows]
     parts = []
-    kinds = dict.fromkeys((r["cells"], r["auxiliary"], r["alpha"], r["steps"]) for r in rows if r["steps"])
     order = list(CELLS)
-    for cells, auxiliary, alpha, steps in sorted(kinds, key=lambda k: (order.index(k[0]), k[1:])):
+    kinds = {(r["cells"], r["auxiliary"], r["steps"]) for r in rows if r["steps"] and r["auxiliary"]}
+    for cells, auxiliary, steps in sorted(kinds, key=lambda k: (order.index(k[0]), k[1:])):
         mine = [
-            r
+            r | {"arm": shown(r)}
             for r in rows
-            if (r["cells"], r["auxiliary"], r["alpha"]) == (cells, auxiliary, alpha)
-            and r["steps"] in (steps, 0)
+            if r["cells"] == cells and r["auxiliary"] in (auxiliary, None) and r["steps"] in (steps, 0)
         ]
         online = cells in ("online", "left-alone")
-        how = f"{auxiliary}" if online else f"{steps} steps, {auxiliary}, alpha {alpha:g}"
+        how = auxiliary if online else f"{steps} steps, {auxiliary}"
         compared = table(mine, "online" if online else "sft")
         parts.append(f"**On {CELLS[cells]}**, {how}\n\n{compared}")
     lines = [
@@ -226,23 +268,33 @@ def main(
     arms: Annotated[str, typer.Option(help="arms to run")] = ",".join((*ARMS, *ONLINE)),
     steps: Annotated[str, typer.Option(help="fine-tuning steps, from few to many")] = "50,200",
     auxiliary: Annotated[str, typer.Option(help="spatial or future")] = "spatial",
-    alphas: Annotated[str, typer.Option(help="how much of the vector")] = "1.1",
+    alphas: Annotated[str, typer.Option(help="how much of the vector")] = f"{ALPHA}",
+    weights: Annotated[
+        str | None, typer.Option(help="of the penalty, for the arms that have one; none: the recipe's")
+    ] = None,
     name: Annotated[str, typer.Option(help="of the files written and of the runs")] = "capability",
     output: Annotated[Path, typer.Option(help="folder of tables and episodes")] = Path("docs/results"),
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    file, vector_file = output / f"{name}.jsonl", output / f"{name}-vectors.jsonl"
+    file, vector_file, end_file = (output / f"{name}{kind}.jsonl" for kind in ("", "-vectors", "-ends"))
     for seed in map(int, seeds.split(",")):
-        for alpha in map(float, alphas.split(",")):
-            study = Study(name, seed, auxiliary, alpha, changes or [])
+        for alpha, weight in product(map(float, alphas.split(",")), _numbers(weights)):
+            study = Study(name, seed, auxiliary, alpha, changes or [], weight)
             for rows in study.episodes(arms.split(","), [int(s) for s in steps.split(",")]):
                 add_rows(file, rows)
+            held = {key_of(row | {"cells": None}) for row in read_journal(end_file)}
+            new = [end for end in study.ends if key_of(end | {"cells": None}) not in held]
+            Journal(end_file, fsync=True).extend(new)
             known = {(r["training_seed"], r["auxiliary"]) for r in read_journal(vector_file)}
             if (seed, auxiliary) not in known:
                 Journal(vector_file, fsync=True).extend(geometry(study, study.vectors()))
     text = tables(read_journal(file), read_journal(vector_file))
     file.with_suffix(".md").write_text(text)
     typer.echo(text)
+
+
+def _numbers(text: str | None) -> list[float | None]:
+    return [None] if text is None else [float(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":
