@@ -237,13 +237,13 @@ def shown(row: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: success on the task by steps, on the tasks before, of the online round, and the vectors. Rows of `sft`
     and the start stand beside every auxiliary objective's."""
-    rows = [r | {"auxiliary": None} if r["arm"] in (START, "sft", "online") else r for r in rows]
+    rows = [{**r, "auxiliary": None} if r["arm"] in (START, "sft", "online") else r for r in rows]
     parts = []
     order = list(CELLS)
     kinds = {(r["cells"], r["auxiliary"], r["steps"]) for r in rows if r["steps"] and r["auxiliary"]}
     for cells, auxiliary, steps in sorted(kinds, key=lambda k: (order.index(k[0]), k[1:])):
         mine = [
-            r | {"arm": shown(r)}
+            {**r, "arm": shown(r)}
             for r in rows
             if r["cells"] == cells and r["auxiliary"] in (auxiliary, None) and r["steps"] in (steps, 0)
         ]
