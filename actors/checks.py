@@ -23,19 +23,29 @@ from policies.weights.shards import ShardFolder
 from trajectories.journal import read_journal
 
 
-def check_policy(recipe: Recipe) -> int:
+def check_served(recipe: Recipe) -> int:
     """Bytes of one copy of published weights, once they are found to fit; 0 for a policy made here.
 
-    Raises PublishedError naming what is wrong with `policy.checkpoint`, RecipeError unless a policy can be built of the
-    recipe's sizes, for which no memory is taken, and unless the weights and the capability vector that training is to
-    begin with are of that policy, and CheckpointError or CapabilityError for damaged ones.
+    Raises PublishedError naming what is wrong with `policy.checkpoint`. This is all that driving a run's policy needs.
     """
+    if recipe.policy.checkpoint is None:
+        return 0
+    return check_published(recipe.policy, image_size=recipe.environment.image_size)
+
+
+def check_policy(recipe: Recipe) -> int:
+    """What `check_served` does, before training.
+
+    Raises, besides, RecipeError unless a policy can be built of the recipe's sizes, for which no memory is taken, and
+    unless the weights and the capability vector that training is to begin with are of that policy, and CheckpointError
+    or CapabilityError for damaged ones.
+    """
+    size = check_served(recipe)
     vector = recipe.capability.vector if recipe.capability.weight else None
     if vector is not None:
         gammas = Vector(vector, names=weight_names(recipe.policy))
         _require_unseen("capability.vector", vector, read_manifest(vector).init_states, recipe)
     if recipe.policy.checkpoint is not None:
-        size = check_published(recipe.policy, image_size=recipe.environment.image_size)
         _require_unseen(
             "policy.checkpoint", recipe.policy.checkpoint, states_seen(recipe.policy.checkpoint), recipe
         )
@@ -85,6 +95,11 @@ def _begins_with(recipe: Recipe) -> Path | None:
 
 def _check_init(recipe: Recipe, init: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise RecipeError or CheckpointError unless training can begin with these weights."""
+    own = (Path(recipe.root) / recipe.name).resolve()
+    if Path(init).resolve().is_relative_to(own):
+        raise RecipeError(
+            f"supervised.init: {init} lies in {own}, which this run is to be written to; give the run another name"
+        )
     verify(init)
     _check_weights("supervised.init", init, shapes)
     _require_unseen("supervised.init", init, states_seen(init), recipe)
@@ -156,7 +171,9 @@ def check_start(source: Path, recipe: Recipe, assets: ResolvedAssets) -> None:
         raise RecipeError(
             f"start: {source} has no demonstrations; set preference.demo_weight=0, or name another run"
         )
-    _require_unseen("start", source, states_seen(source / "checkpoints" / "start"), recipe)
+    # Its demonstrations are taken up with it, and learned from in every round, whatever its weights have seen.
+    seen = {*theirs.tasks.demo_init_states, *states_seen(source / "checkpoints" / "start")}
+    _require_unseen("start", source, sorted(seen), recipe)
     _require_same_policy("start", source, theirs, recipe)
     ours = {"assets": {"kind": assets.kind, "digest": assets.digest}}
     require_same_world(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 
 from actors.crew import Crew
+from actors.learner import UNFINISHED
 from actors.learning import supervise
 from actors.run_folder import RunFolder, progress_bar
 from actors.stages import cell_of
@@ -104,6 +106,7 @@ def make_start(recipe: Recipe, folder: RunFolder, crew: Crew) -> tuple[Path, lis
         return checkpoint, [load_trajectory(path) for path in saved], False
     demos = demonstrate(crew, folder, recipe) if recipe.demonstrated else []
     if folder.resumed and is_intact(checkpoint):
+        shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
         return checkpoint, demos, False
     supervise(crew, folder, demos, steps=recipe.supervised.steps)
     return checkpoint, demos, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from configs.policy import PolicyPart
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
-from learners.capability import Vector
+from learners.capability import Vector, read_manifest
 from learners.checkpoint import keep_newest, load_checkpoint, newest_valid, save_checkpoint
 from learners.lineage import STATES, states_seen
 from learners.orthogonality import FullPenalty
@@ -99,6 +100,8 @@ class Learner:
             )
             metrics = self._fit(learner, Path(folder).parent / UNFINISHED)
         seen = {demo.cell.init_state for demo in self._demos} if part.steps else set()
+        if part.steps and self._capability.vector and self._capability.weight:
+            seen |= set(read_manifest(self._capability.vector).init_states)
         for began in (part.init, self._part.checkpoint):
             seen |= set() if began is None else set(states_seen(began))
         metadata = {"steps": part.steps, "seed": self._seed, STATES: sorted(seen)}
@@ -117,8 +120,7 @@ class Learner:
                 ray.get(self._monitor.report.remote("supervised", step, total, metrics))
             if step < total and time.monotonic() - saved > max(SAVE_EVERY_S, cost / SAVING_SHARE):
                 began = time.monotonic()
-                save_checkpoint(states, f"s{step:08d}", learner.state(), {"step": step})
-                keep_newest(states, 1)
+                _save(learner, states)
                 saved = time.monotonic()
                 cost = saved - began
 
@@ -197,6 +199,18 @@ class Learner:
         if self._learner is None:
             raise RuntimeError("attach() comes before update() and restore()")
         return self._learner
+
+
+def _save(learner: SupervisedLearner, states: Path) -> None:
+    """Leave a state to go on from, where there is room for one: training itself does not need it."""
+    need, memory = learner.state_bytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > memory / 2:
+        return log.warning("no state saved: it takes %.1f GiB, %.1f are free", need / 2**30, memory / 2**30)
+    try:
+        save_checkpoint(states, f"s{learner.steps_done:08d}", learner.state(), {"step": learner.steps_done})
+        keep_newest(states, 1)
+    except OSError as error:
+        log.warning("no state saved: %s", error)
 
 
 LearnerActor = ray.remote(Learner)

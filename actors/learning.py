@@ -243,6 +243,7 @@ def published_before(crew: Crew, folder: RunFolder, round_index: int) -> Version
     for path in sorted(folder.checkpoints.glob("v*"), reverse=True):
         try:
             if read_metadata(path).get("round") == round_index:
+                crew.server.rise_above(int(path.name[1:]))
                 return announce(crew, folder, saved_version(folder, int(path.name[1:])))
         except CheckpointError as error:
             log.warning("skipped %s: %s", path.name, error)

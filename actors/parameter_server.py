@@ -204,6 +204,9 @@ class ParameterServer:
                 raise
             ray.wait(asked, num_returns=len(asked))
             ray.get([shard.retire.remote(list(keep)) for shard in self.shards])
+            self._next = (
+                version  # it was never in force: the next one is as near to the last as it would have been
+            )
             raise MergeError(str(error.cause)) from error
 
     def rise_above(self, version: int) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.checks import check_hash, check_policy
+from actors.checks import check_hash, check_served
 from actors.crew import Crew
 from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
@@ -72,7 +72,7 @@ def evaluate_run(
     adapter = _adapter(path, version)
     cells = _cells(recipe if tasks is None else _of_tasks(path, tasks, manifest), manifest)
     assets = resolve_assets(recipe.environment.assets)
-    with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=check_policy(recipe)) as (
+    with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=check_served(recipe)) as (
         crew,
         folder,
     ):

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.comparison import START, table
-from benchmarks.learning import check_held, last_version, rows_of, run_arm
+from benchmarks.learning import check_held, last_version, recipe_hash, rows_of, run_arm
 from configs.loader import RecipeError, load_recipe
 from learners.capability import extract, read_manifest
 from learners.merging import merged_once
@@ -170,7 +170,8 @@ class Study:
         """What fine-tuning said of its last step."""
         last = [line for line in read_journal(run / "metrics.jsonl") if line["stage"] == "supervised"][-1]
         said = {key: value for key, value in last.items() if key not in ("time", "stage", "step", "lr")}
-        return {"arm": arm, "training_seed": self.seed, **self._of(arm, steps), **said}
+        recipe = recipe_hash(load_recipe(run / "recipe.yaml"))
+        return {"arm": arm, "recipe": recipe, "training_seed": self.seed, **self._of(arm, steps), **said}
 
     def _of(self, arm: str, steps: int) -> dict[str, Any]:
         """What sets a run of an arm and a seed apart."""
@@ -270,11 +271,14 @@ def main(
     auxiliary: Annotated[str, typer.Option(help="spatial or future")] = "spatial",
     alphas: Annotated[str, typer.Option(help="how much of the vector")] = f"{ALPHA}",
     weights: Annotated[
-        str | None, typer.Option(help="of the penalty, for the arms that have one; none: the recipe's")
+        str | None, typer.Option(help="of the penalty of apart and apart-cosine; none: the recipe's")
     ] = None,
     name: Annotated[str, typer.Option(help="of the files written and of the runs")] = "capability",
     output: Annotated[Path, typer.Option(help="folder of tables and episodes")] = Path("docs/results"),
 ) -> None:
+    unknown = [arm for arm in arms.split(",") if arm not in (*ARMS, *ONLINE)]
+    if unknown:
+        raise typer.BadParameter(f"unknown arm {unknown[0]!r}; known: {', '.join((*ARMS, *ONLINE))}")
     output.mkdir(parents=True, exist_ok=True)
     file, vector_file, end_file = (output / f"{name}{kind}.jsonl" for kind in ("", "-vectors", "-ends"))
     for seed in map(int, seeds.split(",")):
@@ -282,9 +286,8 @@ def main(
             study = Study(name, seed, auxiliary, alpha, changes or [], weight)
             for rows in study.episodes(arms.split(","), [int(s) for s in steps.split(",")]):
                 add_rows(file, rows)
-            held = {key_of(row | {"cells": None}) for row in read_journal(end_file)}
-            new = [end for end in study.ends if key_of(end | {"cells": None}) not in held]
-            Journal(end_file, fsync=True).extend(new)
+            for end in study.ends:
+                add_rows(end_file, [end])
             known = {(r["training_seed"], r["auxiliary"]) for r in read_journal(vector_file)}
             if (seed, auxiliary) not in known:
                 Journal(vector_file, fsync=True).extend(geometry(study, study.vectors()))

@@ -94,17 +94,18 @@ def extract(
 ) -> Manifest:
     """Write gamma = theta_aux - theta_sft (Eq. 3) to the folder `out`, in the dtype and the files of `base`.
 
-    Only weights that all three hold in equal shape have a gamma; what an auxiliary objective added (a projector)
-    stays behind. Differences are taken in float32. Raises CapabilityError where they share none, for a shape that
-    differs, a weight that is not finite, or an `out` that exists.
+    What an auxiliary objective added (a projector) stays behind. Differences are taken in float32. Raises
+    CapabilityError for a weight of the base that another lacks, as where their layouts differ, a shape that differs, a
+    weight that is not finite, or an `out` that exists.
     """
     folders = {"base": open_weights(base), "sft": open_weights(sft), "aux": open_weights(aux)}
-    names = [
-        n for n in folders["base"].tensors if n in folders["sft"].tensors and n in folders["aux"].tensors
-    ]
-    if not names:
-        raise CapabilityError(f"{base}, {sft} and {aux} share no weight by name; expected runs of one base")
+    names = list(folders["base"].tensors)
     for name in names:
+        lacks = next((folder.path for folder in folders.values() if name not in folder.tensors), None)
+        if lacks is not None:
+            raise CapabilityError(
+                f"{lacks} lacks {name}, which {base} has; expected runs of one base, all in the layout of one"
+            )
         shapes = {who: folder.tensors[name].shape for who, folder in folders.items()}
         if len(set(shapes.values())) > 1:
             raise CapabilityError(f"{name} has shapes {shapes}; expected runs of one base")

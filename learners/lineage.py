@@ -1,7 +1,8 @@
 """Where weights come from: the run that trained them, and the initial states that they, or what they began with, saw.
 
 A run's `checkpoints/start` says so in its metadata, what `capability merge` made in its MERGED file; both tell of all
-ancestors at once, so that nothing has to be where it was when they were made.
+ancestors at once, so that nothing has to be where it was when they were made. Runs from before they did are asked for
+their recipes instead, one after another.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import load_recipe
-from learners.checkpoint import METADATA, CheckpointError
+from learners.checkpoint import MANIFEST, METADATA, CheckpointError
 
 MERGED = "merged.json"
 """Beside merged weights: what they are, and what they were merged from."""
@@ -22,20 +23,46 @@ STATES = "init_states"
 
 def recipe_of(weights: str | Path) -> Path | None:
     """The recipe of the run whose `checkpoints/start` these weights are; None where they are none's."""
-    recipe = Path(weights).resolve().parent.parent / "recipe.yaml"
-    return recipe if recipe.is_file() else None
+    start = Path(weights).resolve()
+    recipe = start.parent.parent / "recipe.yaml"
+    return (
+        recipe if (start.parent.name, start.name) == ("checkpoints", "start") and recipe.is_file() else None
+    )
 
 
 def states_seen(weights: str | Path) -> list[int]:
-    """Initial states, by number, whose demonstrations went into these weights; none of weights that do not say.
+    """Initial states, by number, whose demonstrations went into these weights; none of weights that are no run's and
+    were not merged here.
 
-    Raises CheckpointError for a file that says so and cannot be read.
+    Raises CheckpointError where they ought to say so and do not, or where what they began with is gone.
     """
-    for file in (Path(weights) / MERGED, Path(weights) / METADATA):
-        if file.is_file() and (states := read_origin(file).get(STATES)) is not None:
-            return _numbers(file, states)
-    recipe = recipe_of(weights)
-    return list(load_recipe(recipe).tasks.demo_init_states) if recipe is not None else []
+    weights = Path(weights)
+    if (weights / MERGED).is_file():
+        origin = read_origin(weights / MERGED)
+        if STATES not in origin:
+            raise CheckpointError(f"{weights / MERGED} does not say which {STATES} were seen; merge again")
+        return _numbers(weights / MERGED, origin[STATES])
+    if (weights / MANIFEST).is_file() and (weights / METADATA).is_file():  # a checkpoint of ours
+        states = read_origin(weights / METADATA).get(STATES)
+        if states is not None:
+            return _numbers(weights / METADATA, states)
+    source = recipe_of(weights)
+    return [] if source is None else _by_recipe(weights, source)
+
+
+def _by_recipe(weights: Path, source: Path) -> list[int]:
+    recipe = load_recipe(source)
+    seen = set(recipe.tasks.demo_init_states)
+    for began in (recipe.supervised.init, recipe.policy.checkpoint):
+        if began is None:
+            continue
+        if not Path(began).is_dir():
+            raise CheckpointError(
+                f"{weights} does not say which initial states it has seen, and {began}, which it began with, is gone; "
+                "put that back, or train again"
+            )
+        seen |= set(states_seen(began))
+    return sorted(seen)
 
 
 def read_origin(file: Path) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def merged_once(base: str | Path, vector: str | Path, *, alpha: float, root: str
         shutil.copyfile(recipe, run / recipe.name)
     if out.exists():
         require_intact(open_weights(vector))
+        if not descends(out, vector):
+            raise CapabilityError(f"{out} is not {base} + {alpha:g} {vector}; remove it, to have it merged")
     else:
         merge(base, vector, alpha=alpha, out=out)
     return out
@@ -100,14 +102,17 @@ def descends(weights: str | Path, vector: str | Path) -> bool:
     """
     manifest, held = read_manifest(vector), open_weights(weights)
     file = held.path / MERGED
+    content = held.content_hash()
+    if content == manifest.base_hash:
+        return True
     if not file.is_file():
-        return held.content_hash() == manifest.base_hash
+        return False
     try:
         said = read_origin(file)
         merged, of = said["merged_hash"], (said["base_hash"], said["gamma_hash"])
     except (KeyError, ValueError) as error:
         raise CapabilityError(f"{file} does not say what was merged ({error}); merge again") from error
-    if held.content_hash() != merged:
+    if content != merged:
         raise CapabilityError(f"{weights} is not what {MERGED} says was merged there; merge again")
     return of == (manifest.base_hash, manifest.gamma_hash)
 

@@ -5,7 +5,7 @@ CapVector, arXiv 2605.10903, Eq. 8: L = L_action + lambda L_orth. The objectives
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -112,15 +112,14 @@ class AdapterPenalty:
         if part.penalty == "elementwise":
             raise ValueError("capability.penalty=elementwise is of whole weights; an adapter's is cosine")
         layers = {f"{name}.weight": layer for name, layer in adapters.adapted_layers(module)}
-        gamma = _shared(vector, {name: _weight(layer) for name, layer in layers.items()})
         by_shape: dict[str, list[str]] = {}
-        for name, tensor in gamma.items():
-            by_shape.setdefault(str(list(tensor.shape)), []).append(name)
+        for name in _common(vector, layers):
+            by_shape.setdefault(str(list(_weight(layers[name]).shape)), []).append(name)
         self._part = part
-        self._stacks = {
-            shape: _Stack([layers[name] for name in names], [gamma.pop(name) for name in names])
-            for shape, names in by_shape.items()
-        }
+        self._stacks = {}
+        for shape, names in by_shape.items():  # a vector of the decoder's size is read a stack at a time
+            gammas = [_gamma(vector, name, _weight(layers[name])) for name in names]
+            self._stacks[shape] = _Stack([layers[name] for name in names], gammas)
         self._gamma = {shape: stack.gamma for shape, stack in self._stacks.items()}
         self._squares = {
             shape: torch.linalg.vector_norm(stack.gamma, dim=(-2, -1), dtype=torch.float32).square()
@@ -192,20 +191,26 @@ def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The vector's tensors of these weights, where they are and in their dtype, which is the one it was stored in."""
+    """The vector's tensors of these weights, as `_gamma` gives them."""
+    return {name: _gamma(vector, name, weights[name]) for name in _common(vector, weights)}
+
+
+def _common(vector: Iterable[str], weights: Collection[str]) -> list[str]:
     names = [name for name in vector if name in weights]
     if not names:
         raise ValueError("the capability vector names none of the weights that are trained here")
-    shared = {}
-    for name in names:
-        gamma = to_tensor(vector[name])
-        if gamma.shape != weights[name].shape:
-            raise ValueError(
-                f"the capability vector's {name} is {list(gamma.shape)}, expected {list(weights[name].shape)}: it was "
-                "extracted from another network"
-            )
-        shared[name] = gamma.to(weights[name])
-    return shared
+    return names
+
+
+def _gamma(vector: Mapping[str, np.ndarray], name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The vector's tensor of a weight, where that is and in its dtype, which is the one it was stored in."""
+    gamma = to_tensor(vector[name])
+    if gamma.shape != weight.shape:
+        raise ValueError(
+            f"the capability vector's {name} is {list(gamma.shape)}, expected {list(weight.shape)}: it was extracted "
+            "from another network"
+        )
+    return gamma.to(weight)
 
 
 def _squares(gamma: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -68,6 +68,8 @@ class PreferenceLearner:
         self._recipe = self._part = preference
         """As it was given, and as it is in force: with the beta that was found."""
         self._spread: Spread | None = None
+        self._beta = self._part.first_beta
+        """Of the last step."""
         self._seed = seed
         self._guard = guard
         self._base_hash = base_hash
@@ -125,7 +127,9 @@ class PreferenceLearner:
             reason=trip.reason if trip else "",
             steps=len(history),
             value=trip.value if trip else 0.0,
-            metrics=mean_of_last(history) | self._said(),
+            metrics=mean_of_last(history)
+            | {"beta": self._beta}
+            | self._said(measured=before.spread is not self._spread),
             history=tuple(history),
         )
 
@@ -143,6 +147,8 @@ class PreferenceLearner:
                 f"the adapter is for base {weights.base_hash[:12]}, this learner's base is {self._base_hash[:12]}"
             )
         adapters.load(self._policy.module, weights if weights is not None else self._initial)
+        if weights is None:
+            self._take(None)  # what its pairs were spread by went with the update
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -161,7 +167,7 @@ class PreferenceLearner:
         for key, number in (self._calibration or {}).items():
             arrays[_CALIBRATION + key] = np.array(number)
         if self._spread is not None:
-            arrays[_SPREAD] = np.array([self._spread.margin_std, self._spread.pairs])
+            arrays[_SPREAD] = np.array([self._spread.nats, self._spread.pairs])
         return arrays
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -197,7 +203,7 @@ class PreferenceLearner:
             self._policy.take_calibration(said)
         self._calibration = said or None
         found = arrays.get(_SPREAD)
-        self._take(None if found is None else Spread(margin_std=float(found[0]), pairs=int(found[1])))
+        self._take(None if found is None else Spread(nats=float(found[0]), pairs=int(found[1])))
 
     def _run(self, draws: Draws, history: list[dict[str, float]], on_step: OnStep | None) -> Trip | None:
         part, drawn = self._part, iter(draws)
@@ -210,6 +216,7 @@ class PreferenceLearner:
                 return Trip(reason="reference log-prob is not finite", value=float("nan"))
             with self._forward():
                 metrics = accumulate_gradients(draw, self._pool, part)
+            self._beta = part.first_beta
             if self._penalty is not None:
                 metrics |= self._penalty.add_gradients()
             norm = torch.nn.utils.clip_grad_norm_(parameters, part.grad_clip).item()
@@ -240,15 +247,20 @@ class PreferenceLearner:
     def _measure(self, draws: Draws) -> Spread | None:
         if not self._part.preference_weight:
             return None
-        return spread(draws.pairs_once(torch.Generator().manual_seed(self._seed)), self._pool, self._part)
+        once = draws.pairs_once(torch.Generator().manual_seed(self._seed))
+        self._policy.module.eval()  # no dropout is drawn: training goes on as if nobody had looked
+        try:
+            return spread(once, self._pool, self._part)
+        finally:
+            self._policy.module.train()
 
     def _take(self, found: Spread | None) -> None:
         self._spread = found
         self._part = self._recipe if found is None else found.in_force(self._recipe)
 
-    def _said(self) -> dict[str, float]:
+    def _said(self, *, measured: bool) -> dict[str, float]:
         """What was calibrated, and how the adapter lies to a capability vector, for a report."""
-        spread = {} if self._spread is None else self._spread.metrics(self._recipe)
+        spread = self._spread.metrics(self._recipe) if self._spread is not None and measured else {}
         lies = {} if self._penalty is None else self._penalty.lie()
         return (self._calibration or {}) | spread | lies
 

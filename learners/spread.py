@@ -27,8 +27,8 @@ PAIRS = 100
 class Spread:
     """The margins of a run's pairs, as its first update left them after AFTER_STEPS."""
 
-    margin_std: float
-    """Standard deviation, nats: of the differences of log-ratio sums that beta multiplies."""
+    nats: float
+    """Standard deviation of the differences of log-ratio sums that beta multiplies."""
     pairs: int
     """They were taken over."""
 
@@ -36,19 +36,17 @@ class Spread:
         """The part with its beta: the recipe's, or one that makes the logits' standard deviation 1, with the weight
         such that an undecided pair presses as before; so beta alone says where pairs saturate, not how hard they pull
         beside the likelihood terms."""
-        if part.beta is not None or not self.margin_std:
+        if part.beta is not None or not self.nats:
             return part
-        beta = 1 / self.margin_std
+        beta = 1 / self.nats
         weight = part.preference_weight * part.first_beta / beta
         return part.model_copy(update={"beta": beta, "preference_weight": weight})
 
     def metrics(self, part: PreferencePart) -> dict[str, float]:
-        """For a report: `logit_std` under the beta that the update began with, `beta_for_unit_std`, `spread_pairs`; and
-        the `beta` in force."""
-        said = {"logit_std": part.first_beta * self.margin_std, "spread_pairs": float(self.pairs)}
-        if self.margin_std:
-            said["beta_for_unit_std"] = 1 / self.margin_std
-        return said | {"beta": self.in_force(part).first_beta}
+        """For the report of the update that looked: `logit_std` under the beta that it began with, the beta that would
+        have made that 1, and how many pairs were looked at."""
+        said = {"logit_std": part.first_beta * self.nats, "spread_pairs": float(self.pairs)}
+        return said | ({"beta_for_unit_std": 1 / self.nats} if self.nats else {})
 
 
 def spread(draws: Iterator[Draw], pool: DecisionPool, part: PreferencePart) -> Spread | None:
@@ -61,4 +59,4 @@ def spread(draws: Iterator[Draw], pool: DecisionPool, part: PreferencePart) -> S
         margins = torch.cat([margins, pair_margins(draw, pool, part).float().cpu()])
     if len(margins) < 2 or not margins.isfinite().all():
         return None
-    return Spread(margin_std=margins.double().std().item(), pairs=len(margins))
+    return Spread(nats=margins.double().std().item(), pairs=len(margins))

@@ -117,6 +117,11 @@ class SupervisedLearner:
         arrays["steps_done"] = np.array(self.steps_done)
         return arrays
 
+    @property
+    def state_bytes(self) -> int:
+        """What `state` takes in the host's memory, and on the disk: weights and two moments."""
+        return 3 * sum(p.numel() * p.element_size() for p in self._parameters)
+
     @torch.no_grad()
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Continue exactly where `state` was taken, of the same policy, part and demonstrations. Raises KeyError naming

@@ -145,9 +145,10 @@ class FlowPolicy:
     @torch.no_grad()
     def calibrate(self, batches: Iterable[DecisionBatch]) -> dict[str, float]:
         """Take the mean squared velocity error on these decisions as `variance`."""
-        total, count = 0.0, 0
+        total, count, decisions = 0.0, 0, 0
         for batch in batches:
-            keys = torch.arange(len(batch))
+            keys = torch.arange(len(batch)) + decisions  # the same noise however they are batched
+            decisions += len(batch)
             errors = self._errors(batch, None, keys, draws=self._part.score_draws)[..., :ACTION_DIM]
             total, count = total + errors.double().sum().item(), count + errors.numel()
         if count:

@@ -240,7 +240,7 @@ def test_an_adapter_that_does_not_merge_settles_its_round_and_the_good_version_s
             with pytest.raises(KeyError, match="version 1 is not held"):
                 ray.get(shard.pull.remote(1))
         assert pull_snapshot(crew.server.shards, 0).content_hash == start_hash
-        assert crew.server.publish(None, keep=[0])[0] == 2  # above the one that was refused
+        assert crew.server.publish(None, keep=[0])[0] == 1  # the number of the one that was refused
     finally:
         crew.dismiss()
         folder.release()

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from configs.loader import dump_recipe, load_recipe
 from learners.capability import CapabilityError, extract, read_manifest
 from learners.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learners.lineage import states_seen
@@ -20,6 +21,7 @@ from learners.merging import descends, merge
 from policies.weights.shards import ShardFolder, Stored, write_shard
 
 ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 def weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -127,7 +129,7 @@ def test_what_does_not_go_together_is_refused(trio: tuple[Path, Path, Path], tmp
     wide = folder(tmp_path / "wide", weights(3) | {"head.weight": torch.ones(3, 7)})
     broken = weights(3)
     broken["head.weight"][0, 0] = torch.nan
-    with pytest.raises(CapabilityError, match="share no weight"):
+    with pytest.raises(CapabilityError, match=r"other lacks decoder.q.weight, which .*base has"):
         extract(base, sft=other, aux=aux, out=tmp_path / "gamma")
     with pytest.raises(CapabilityError, match=r"head.weight has shapes"):
         extract(base, sft=wide, aux=aux, out=tmp_path / "gamma")
@@ -153,6 +155,8 @@ def test_merged_weights_descend_from_the_vector_while_they_are_what_was_merged(
         merge(base, gamma, alpha=1, out=base / "merged")
     merge(base, gamma, alpha=1, out=merged)
     assert [descends(path, gamma) for path in (base, merged, sft)] == [True, True, False]
+    extract(merged, sft=sft, aux=aux, out=tmp_path / "second")
+    assert descends(merged, tmp_path / "second")
     save_file(
         {n: t + 1 for n, t in load_file(merged / "model-1.safetensors").items()},
         merged / "model-1.safetensors",
@@ -190,6 +194,28 @@ def test_states_seen_are_those_of_all_ancestors(tmp_path: Path) -> None:
     (tmp_path / "merged" / "merged.json").write_text('{"init_states": ["all"]}')
     with pytest.raises(CheckpointError, match=r"init_states is \['all'\], expected whole numbers"):
         states_seen(tmp_path / "merged")
+    (tmp_path / "merged" / "merged.json").write_text('{"alpha": 1.0}')
+    with pytest.raises(CheckpointError, match=r"does not say which init_states were seen; merge again"):
+        states_seen(tmp_path / "merged")
+
+
+def test_checkpoints_that_do_not_say_what_they_saw_are_asked_for_their_recipes(tmp_path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in weights(0).items()}
+    began: list[str] = []
+    for name, state in (("first", 25), ("second", 3)):
+        checkpoint = save_checkpoint(tmp_path / name / "checkpoints", "start", arrays, {"steps": 1})
+        states = [f"tasks.demo_init_states=[{state}]", "tasks.train_init_states=[4]", *began]
+        dump_recipe(load_recipe(QUICKSTART, states), tmp_path / name / "recipe.yaml")
+        began = [f"supervised.init={checkpoint}"]
+    second = tmp_path / "second" / "checkpoints" / "start"
+    assert states_seen(second) == [3, 25]
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"and .*first/checkpoints/start, which it began with, is gone"):
+        states_seen(second)
+    mine = folder(tmp_path / "models", weights(0))  # beside somebody's own recipe, and of no run
+    dump_recipe(load_recipe(QUICKSTART), tmp_path / "recipe.yaml")
+    (mine / "metadata.json").write_text("[]")
+    assert states_seen(mine) == []
 
 
 def test_what_comes_of_a_run_s_checkpoint_is_one(tmp_path: Path) -> None:

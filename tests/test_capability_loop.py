@@ -16,6 +16,7 @@ from configs.loader import RecipeError, load_recipe
 from launch import app
 from learners.capability import CapabilityError, extract, read_manifest
 from learners.checkpoint import load_checkpoint
+from learners.lineage import states_seen
 from learners.merging import merged_once
 from tests.test_paradigm_loops import LITTLE, TINY, metrics
 from trajectories.codec import load_trajectory
@@ -104,11 +105,13 @@ def test_a_start_and_a_round_are_held_apart_from_the_vector(root: Path, vector: 
 def test_the_command_fine_tunes_apart_from_a_vector_element_by_element(root: Path, vector: Path) -> None:
     base = str(start(root, "base"))
     asked = ["capability", "train", str(TINY), *LITTLE, f"root={root}", "name=apart", "rollouts.rounds=0"]
+    asked += ["tasks.demo_init_states=[1]", "tasks.train_init_states=[1]"]
     done = CliRunner().invoke(app, [*asked, "--init", base, "--vector", str(vector)])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["held_out_episodes"] == 1
     (supervised,) = metrics(root / "apart", "supervised")
     assert supervised["orthogonal_penalty"] > 0
+    assert states_seen(start(root, "apart")) == [0, 1]  # of what it began with, and its own
     refused = CliRunner().invoke(app, [*asked, "--init", str(start(root, "sft")), "--vector", str(vector)])
     assert refused.exit_code == 2
     assert "was extracted from the base" in refused.stderr
@@ -126,6 +129,8 @@ def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Pat
         "rollouts.rounds=0",
         f"supervised.init={start(root, 'base')}",
     ]
+    with pytest.raises(RecipeError, match=r"supervised.init: .* lies in .*base, which this run is to be"):
+        train(load_recipe(TINY, [*same, "name=base"]))
     with pytest.raises(RecipeError, match=r"supervised.init: .* holds another policy: decoder is"):
         train(load_recipe(TINY, [*same, "policy.decoder.heads=1"]))
     others = ["tasks.demo_init_states=[1]", "tasks.train_init_states=[1]"]

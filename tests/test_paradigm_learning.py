@@ -112,6 +112,9 @@ def test_a_score_is_calibrated_in_micro_batches(monkeypatch: pytest.MonkeyPatch)
     learner = learner_of(policy, steps=1, micro_batch=4)
     learner._calibrate([pair.chosen for pair in pairs_of(policy)])  # of six decisions each
     assert sizes == [4, 2] * 3
+    other = learner_of(new("pi0"), steps=1, micro_batch=64)
+    other._calibrate([pair.chosen for pair in pairs_of(policy)])
+    assert learner._calibration == pytest.approx(other._calibration)
 
 
 @pytest.mark.parametrize("name", PARADIGMS)
@@ -124,15 +127,37 @@ def test_a_beta_that_is_sought_spreads_the_logits_by_one_and_presses_no_harder(n
     assert told["logit_std"] == pytest.approx(0.1 / told["beta_for_unit_std"])
     learner = learner_of(new(name), beta=None, **settings)
     found = learner.update(pairs, (), ()).metrics
-    assert found["beta"] == found["beta_for_unit_std"] == pytest.approx(told["beta_for_unit_std"], rel=1e-3)
-    assert learner._part.preference_weight * found["beta"] == pytest.approx(0.1)
+    assert found["beta_for_unit_std"] == pytest.approx(told["beta_for_unit_std"], rel=1e-3)
+    assert found["beta"] == 0.1  # eight steps, after the last of which it was found
+    assert learner._part.first_beta == found["beta_for_unit_std"]
+    assert learner._part.preference_weight * learner._part.first_beta == pytest.approx(0.1)
     again = learner_of(new(name), beta=None, **settings)
     again.update(pairs[2:], (), ())
     again.load_state(learner.state())
     assert again._part == learner._part
     second = learner.update(pairs, (), ()).metrics
-    assert second["beta"] == found["beta"]
+    assert second["beta"] == found["beta_for_unit_std"]
+    assert "logit_std" not in second  # it is looked at once
     assert 0.2 < second["margin_std"] < 5  # of the logits: beta times the margins
+    learner.restore(None)
+    assert learner._part.first_beta == 0.1  # the update that it was found in is gone
+
+
+def test_looking_at_the_spread_changes_nothing_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(after: int) -> dict[str, np.ndarray]:
+        monkeypatch.setattr("learners.preference.AFTER_STEPS", after)
+        policy = new("autoregressive")
+        learner = learner_of(policy, steps=4)
+        learner._dropout = 0.3
+        for _, layer in adapters.adapted_layers(policy.module):
+            layer.lora_dropout["default"] = torch.nn.Dropout(0.3)
+        learner.update(pairs_of(new("autoregressive")), (), ())
+        return learner.adapter().factors
+
+    looked, last = trained(2), trained(4)
+    for layer, factors in looked.items():
+        for key, array in factors.items():
+            np.testing.assert_array_equal(array, last[layer][key])
 
 
 def test_a_beta_is_sought_of_the_sigmoid_form_alone() -> None:

@@ -273,27 +273,47 @@ def test_no_statistics_or_several_are_refused(tmp_path: Path) -> None:
         read_norm_stats(tmp_path, quantile=True)
 
 
-def test_lerobot_s_statistics_are_read_where_they_are_of_the_networks_scale(tmp_path: Path) -> None:
-    write_lerobot_stats(tmp_path)
-    stats = read_norm_stats(tmp_path, quantile=True)
-    for name, values in published_tiny.STATS.items():
-        for key, expected in values.items():
-            np.testing.assert_allclose(getattr(stats[name], key), expected, rtol=1e-6)
-    with pytest.raises(
-        ValueError, match=r"scales STATE by QUANTILES, expected MEAN_STD, by which this network"
-    ):
-        read_norm_stats(tmp_path, quantile=False)
-    write_lerobot_stats(tmp_path, scaled="MEAN_STD")
-    assert read_norm_stats(tmp_path / "policy_preprocessor.json", quantile=False)["actions"].mean[0] == (
-        pytest.approx(0.05)
-    )
-    for name, spoil in (
-        ("which policy_preprocessor.json names, cannot be read", lambda f: f.write_bytes(b"no tensors")),
-        ("which policy_preprocessor.json names, cannot be read", lambda f: f.unlink()),
-    ):
-        spoil(next(tmp_path.glob("*.safetensors")))
-        with pytest.raises(ValueError, match=name):
-            read_norm_stats(tmp_path, quantile=False)
-    (tmp_path / "policy_preprocessor.json").write_text('{"steps": []}')
-    with pytest.raises(ValueError, match=r"names no state_file of one normalizer_processor"):
-        read_norm_stats(tmp_path, quantile=False)
+@pytest.mark.parametrize(("scaled", "quantile"), [("QUANTILES", True), ("MEAN_STD", False)])
+def test_lerobot_s_statistics_are_read_with_their_own_scale(
+    tmp_path: Path, scaled: str, quantile: bool
+) -> None:
+    write_lerobot_stats(tmp_path, scaled=scaled)
+    values = np.linspace(-0.5, 0.5, 7)
+    for where in (tmp_path, tmp_path / "policy_preprocessor.json"):
+        stats = read_norm_stats(where, quantile=True)  # as for pi-0.5, which is scaled by either
+        for name, held in published_tiny.STATS.items():
+            for key, expected in held.items():
+                np.testing.assert_allclose(getattr(stats[name], key), expected, rtol=1e-6)
+        plain = replace(stats["actions"], by_quantile=None)
+        np.testing.assert_array_equal(
+            normalise(values, stats["actions"], quantile=True), normalise(values, plain, quantile=quantile)
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"steps": []}', r"names no state_file of one normalizer_processor"),
+        ('{"steps": 5}', r"names no state_file of one normalizer_processor"),
+        ("[]", r"names no state_file of one normalizer_processor"),
+        ("{", r"policy_preprocessor.json is not JSON"),
+        ("MIN_MAX", r"scales STATE by 'MIN_MAX', expected one of QUANTILES, MEAN_STD; write openpi's"),
+        ("no map", r"scales STATE by None, expected one of"),
+        ("no tensors", r"which policy_preprocessor.json names, cannot be read"),
+        ("no file", r"which policy_preprocessor.json names, cannot be read"),
+    ],
+)
+def test_lerobot_files_that_cannot_be_used_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    write_lerobot_stats(tmp_path, scaled=content)
+    file, tensors = tmp_path / "policy_preprocessor.json", next(tmp_path.glob("*.safetensors"))
+    if content == "no map":
+        steps = json.loads(file.read_text())["steps"]
+        file.write_text(json.dumps({"steps": [steps[0], steps[1] | {"config": []}]}))
+    elif content == "no tensors":
+        tensors.write_bytes(b"none")
+    elif content == "no file":
+        tensors.unlink()
+    elif content != "MIN_MAX":
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_norm_stats(tmp_path, quantile=True)

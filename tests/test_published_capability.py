@@ -22,7 +22,7 @@ from policies.make import make_policy
 from policies.published import weight_names
 from policies.weights import adapters
 from tests import openvla_tiny
-from tests.published_tiny import write_pi0
+from tests.published_tiny import write_lerobot_stats, write_pi0
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDERS = [
@@ -35,7 +35,10 @@ def written(root: Path, what: str) -> Path:
     kind, _, layout = what.partition(" ")
     if kind == "openvla":
         return openvla_tiny.write_checkpoint(root / "base")
-    return write_pi0(root / "base", adaptive=kind == "pi05", layout=layout)
+    base = write_pi0(root / "base", adaptive=kind == "pi05", layout=layout)
+    if layout == "LeRobot":
+        write_lerobot_stats(base, scaled="QUANTILES" if kind == "pi05" else "MEAN_STD")
+    return base
 
 
 def moved(base: Path, out: Path, by: float) -> Path:
@@ -44,10 +47,10 @@ def moved(base: Path, out: Path, by: float) -> Path:
     for file in out.glob("*.safetensors"):
         draw = torch.Generator().manual_seed(int(1000 * by))
         tensors = load_file(file)
-        # A tied head stays one with its embedding in neither; only a network's own numbers are looked at here.
-        save_file(
-            {n: t + by * torch.randn(t.shape, generator=draw).to(t.dtype) for n, t in tensors.items()}, file
-        )
+        for name, tensor in tensors.items():
+            if "lm_head" not in name and "embed_tokens" not in name:  # which are tied
+                tensors[name] = tensor + by * torch.randn(tensor.shape, generator=draw).to(tensor.dtype)
+        save_file(tensors, file)
     return out
 
 
@@ -72,8 +75,18 @@ def test_an_update_is_held_apart_from_a_vector_in_every_layout(what: str, tmp_pa
     adapters.attach(policy.module, AdapterPart(rank=2), seed=0, decoders=policy.adapted)
     gammas = Vector(vector, names=weight_names(recipe.policy))
     penalty = AdapterPenalty(policy.module, recipe.capability, gammas)
-    layers = [f"{name}.weight" for name, _ in adapters.adapted_layers(policy.module)]
-    assert set(layers) <= set(gammas)
+    tuned = [
+        make_policy(
+            recipe.policy.model_copy(update={"checkpoint": str(tmp_path / name)}),
+            image_size=64,
+            seed=0,
+            device=torch.device("cpu"),
+        ).module
+        for name in ("sft", "aux")
+    ]
+    for layer, _ in adapters.adapted_layers(policy.module):
+        sft, aux = (module.get_parameter(f"{layer}.weight").detach() for module in tuned)
+        np.testing.assert_allclose(gammas[f"{layer}.weight"], (aux - sft).numpy(), atol=1e-6)
     with torch.no_grad():
         for name, parameter in adapters.parameters(policy.module).items():
             if name.endswith(".B"):
@@ -95,7 +108,7 @@ def test_states_that_published_weights_or_a_vector_saw_are_not_held_out(tmp_path
     """A merge of a vector that a run's demonstrations went into, as weights of a later recipe."""
     base = written(tmp_path, "pi05 openpi")
     aux, vector, merged = moved(base, tmp_path / "aux", 0.2), tmp_path / "gamma", tmp_path / "merged"
-    (aux / "metadata.json").write_text(json.dumps({"init_states": [3, 40]}))
+    (aux / "merged.json").write_text(json.dumps({"init_states": [3, 40]}))
     extract(base, sft=base, aux=aux, out=vector)
     merge(base, vector, alpha=1, out=merged)
     held = "tasks.held_out_init_states=[40,41]"

@@ -99,6 +99,7 @@ class SavesAtOnce(Learner):
     def __init__(self, monitor: str) -> None:
         actors.learner.SAVE_EVERY_S = -1.0
         actors.learner.SAVING_SHARE = 1e9
+        actors.learner.PROGRESS_EVERY = 1
         super().__init__(
             policy=PART,
             supervised=SupervisedPart(steps=8, batch_size=4, warmup_steps=2),
@@ -141,9 +142,31 @@ def test_a_learner_that_dies_in_the_supervised_start_goes_on_where_it_saved_last
                 ray.get(learner.supervise.remote(demos, folder=str(run / "checkpoints")))
             assert [path.name for path in (run / "supervised").iterdir()] == ["s00000005"]
             ray.get(learner.__ray_ready__.options(max_task_retries=-1).remote())
+            ray.get(monitor.pop.remote())
         metrics = ray.get(learner.supervise.remote(demos, folder=str(run / "checkpoints")))
+        taken = [line["step"] for line in ray.get(monitor.pop.remote())[1]]
+        assert taken == list(range(6 if name == "killed" else 1, 9))
         assert not (run / "supervised").exists()
         ended[name] = metrics, weights_hash(load_checkpoint(run / "checkpoints" / "start")[0])
         ray.kill(learner)
     assert ended["killed"] == ended["straight"]
     ray.kill(monitor)
+
+
+def test_a_state_that_finds_no_room_costs_the_training_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = SupervisedLearner(
+        new_policy(), SupervisedPart(steps=3, batch_size=4), seed=0, demos=[demonstration(1)]
+    )
+    learner.step()
+    held = sum(array.nbytes for name, array in learner.state().items() if name[0] in "wo")
+    assert learner.state_bytes == pytest.approx(held, rel=0.01)
+    (tmp_path / "file").write_text("")
+    actors.learner._save(learner, tmp_path / "file" / "states")  # a folder that cannot be made
+    assert "no state saved: cannot write checkpoint" in caplog.text or "no state saved: [Errno" in caplog.text
+    monkeypatch.setattr(SupervisedLearner, "state_bytes", 1 << 60)
+    actors.learner._save(learner, tmp_path / "states")
+    assert "no state saved: it takes 1073741824.0 GiB" in caplog.text
+    assert not (tmp_path / "states").exists()
+    assert learner.fit()["loss"] > 0

@@ -25,6 +25,7 @@ from policies.autoregressive import AutoregressivePolicy
 from policies.decoding.engine import Engine
 from policies.make import make_policy
 from policies.weights import adapters
+from policies.weights.adapter_files import adapter_from_tensors
 from policies.weights.merging import merge
 from policies.weights.snapshots import state_tensors
 from tests.test_paradigm_loops import LITTLE, TINY, metrics
@@ -276,13 +277,15 @@ def test_a_whole_run_is_driven_through_vllm(tmp_path: Path) -> None:
     driven = [episode for episode in episodes if episode["policy_version"] >= 0]
     assert {(e["policy_version"], e["policy_hash"]) for e in driven} == set(published.items())
     base, _ = load_checkpoint(run / "checkpoints" / "start")
+    learned = adapter_from_tensors(*load_checkpoint(run / "checkpoints" / "v0001"))
     part = load_recipe(run / "recipe.yaml").policy
     policy = make_policy(part, image_size=32, seed=1, device=torch.device("cpu"))
-    policy.load(WeightSnapshot(version=0, content_hash="", tensors=base))
-    for path in sorted((run / "trajectories").iterdir()):
-        trajectory = load_trajectory(path)
-        if trajectory.policy_version:
-            continue
+    stored = [load_trajectory(path) for path in sorted((run / "trajectories").iterdir())]
+    assert {trajectory.policy_version for trajectory in stored} == {0, 1}
+    for trajectory in stored:
+        version = trajectory.policy_version
+        tensors = merge(base, learned) if version else base
+        policy.load(WeightSnapshot(version=version, content_hash="", tensors=tensors))
         seen = [decision.observation for decision in trajectory.decisions]
         chunks = [decision.sample.model_chunk for decision in trajectory.decisions]
         recorded = np.stack([decision.sample.logps for decision in trajectory.decisions])

@@ -1,15 +1,16 @@
 """Statistics of states and actions as openpi or LeRobot keeps them, and the two scales that are made of them.
 
-pi-0.5 (and pi-0-FAST) map the 1st and 99th percentile to -1 and 1, without clipping; pi-0 takes z-scores. openpi,
-`src/openpi/transforms.py`, `src/openpi/shared/normalize.py`. LeRobot (`src/lerobot/processor/`) does the same with a
-smaller EPS, its statistics lying in the file that policy_preprocessor.json names for its normalizer.
+openpi maps the 1st and 99th percentile to -1 and 1, without clipping, for pi-0.5 (and pi-0-FAST), and takes z-scores
+for pi-0: `src/openpi/transforms.py`, `src/openpi/shared/normalize.py`. LeRobot (`src/lerobot/processor/`) names the
+scale of states and of actions in policy_preprocessor.json (its fine-tunes of pi-0.5 on LIBERO take z-scores), beside
+the file with their statistics, and has a smaller EPS, which makes no difference that float32 would show.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ PREPROCESSOR = "policy_preprocessor.json"
 NORMALIZER = "normalizer_processor"
 _LEROBOT_FEATURES = {"state": ("observation.state", "STATE"), "actions": ("action", "ACTION")}
 """Our name -> LeRobot's feature, and its type in `norm_map`."""
+_LEROBOT_SCALES = ("QUANTILES", "MEAN_STD")
 EPS = 1e-6
 """Added to a range or a standard deviation before dividing by it."""
 
@@ -37,8 +39,12 @@ class NormStats:
     """1st percentile; pi-0's statistics may lack it."""
     q99: np.ndarray | None = None
 
+    by_quantile: bool | None = None
+    """Which scale, where the file with the statistics says so; none: the model's, as openpi has it."""
+
     def affine(self, *, quantile: bool, dims: int) -> tuple[np.ndarray, np.ndarray]:
-        """Centre and half-width of the first `dims` dimensions: normalised = (x - centre) / half-width.
+        """Centre and half-width of the first `dims` dimensions: normalised = (x - centre) / half-width; `quantile` is
+        the model's scale, and counts unless `by_quantile` says another.
 
         Raises ValueError when quantiles are asked for and absent, or when `dims` are more than there are.
         """
@@ -46,7 +52,7 @@ class NormStats:
             raise ValueError(
                 f"{dims} dimensions, but the statistics have {len(self.mean)}; pad after normalising"
             )
-        if not quantile:
+        if not (quantile if self.by_quantile is None else self.by_quantile):
             return self.mean[:dims], self.std[:dims] + EPS
         if self.q01 is None or self.q99 is None:
             raise ValueError("the statistics lack q01 and q99, which every policy but pi-0 is normalised by")
@@ -77,13 +83,13 @@ def read_norm_stats(path: str | Path, *, quantile: bool) -> dict[str, NormStats]
     folder or a checkpoint's.
 
     Raises ValueError in one line: no such file or several, no JSON, or an entry or statistic that is absent, not
-    finite, or of another length than its neighbours; of LeRobot's also where it scales by anything else.
+    finite, or of another length than its neighbours; of LeRobot's also where it scales by neither quantiles nor
+    z-scores.
     """
     file = _find(Path(path))
     content = _read_json(file)
     if file.name == PREPROCESSOR:
-        file, theirs = _lerobot_entries(file, content, quantile=quantile)
-        return {name: _entry(file, theirs, name, quantile=quantile) for name in _LEROBOT_FEATURES}
+        return _lerobot_stats(file, content)
     entries = content.get("norm_stats") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
         raise ValueError(f"{file} lacks the object 'norm_stats'")
@@ -97,33 +103,35 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
 
-def _lerobot_entries(
-    file: Path, content: Any, *, quantile: bool
-) -> tuple[Path, dict[str, dict[str, list[float]]]]:
-    """The file with LeRobot's statistics, and these as openpi has them."""
+def _lerobot_stats(file: Path, content: Any) -> dict[str, NormStats]:
     steps = content.get("steps") if isinstance(content, dict) else None
-    found = [s for s in steps or [] if isinstance(s, dict) and s.get("registry_name") == NORMALIZER]
+    known = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    found = [step for step in known if step.get("registry_name") == NORMALIZER]
     if len(found) != 1 or not isinstance(found[0].get("state_file"), str):
         raise ValueError(f"{file} names no state_file of one {NORMALIZER}, in which statistics would be")
-    config, wanted = found[0].get("config") or {}, "QUANTILES" if quantile else "MEAN_STD"
+    config = found[0].get("config")
+    scales = config.get("norm_map") if isinstance(config, dict) else None
     tensors = file.parent / Path(found[0]["state_file"]).name
     try:
         held = load_file(tensors)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{tensors}, which {file.name} names, cannot be read: {error}") from error
-    entries = {}
+    stats = {}
     for name, (feature, kind) in _LEROBOT_FEATURES.items():
-        scaled = (config.get("norm_map") or {}).get(kind)
-        if scaled != wanted:
+        scaled = scales.get(kind) if isinstance(scales, dict) else None
+        if scaled not in _LEROBOT_SCALES:
             raise ValueError(
-                f"{file} scales {kind} by {scaled}, expected {wanted}, by which this network was trained"
+                f"{file} scales {kind} by {scaled!r}, expected one of {', '.join(_LEROBOT_SCALES)}; write openpi's "
+                f"{STATS_FILE}, and name it as policy.norm_stats"
             )
-        entries[name] = {
+        entry = {
             key: held[f"{feature}.{key}"].tolist()
             for key in ("mean", "std", "q01", "q99")
             if f"{feature}.{key}" in held
         }
-    return tensors, entries
+        quantile = scaled == "QUANTILES"
+        stats[name] = replace(_entry(tensors, {name: entry}, name, quantile=quantile), by_quantile=quantile)
+    return stats
 
 
 def _find(path: Path) -> Path:

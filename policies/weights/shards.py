@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ _DTYPES: dict[str, np.dtype] = {
 }
 _LENGTH = 8
 """Bytes that hold the header's length."""
+PROCESSORS = "policy_*processor*.safetensors"
+"""What LeRobot keeps statistics in, beside the weights."""
 BLOCK = 1 << 20
 """Numbers in memory at once, or one row where that has more."""
 
@@ -61,7 +64,7 @@ class Stored:
 
 
 class ShardFolder:
-    """The tensors of every `*.safetensors` file in a folder, by name.
+    """The tensors of every `*.safetensors` file in a folder, by name, but of LeRobot's PROCESSORS.
 
     Example:
         folder = ShardFolder("checkpoints/openvla-7b")
@@ -76,7 +79,8 @@ class ShardFolder:
         self.tensors: dict[str, Stored] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         """File -> what it says of itself; official readers ask for `format`."""
-        self.files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        found = {file.name for file in self.path.glob("*.safetensors")}
+        self.files = sorted(name for name in found if not fnmatch(name, PROCESSORS))
         if not self.files:
             raise ValueError(f"{path} has no *.safetensors file; expected a folder with weights")
         for file in self.files:
