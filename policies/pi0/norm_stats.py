@@ -177,4 +177,4 @@ def _entry(file: Path, entries: Mapping[str, Any], name: str, *, quantile: bool)
         raise ValueError(f"{file}: norm_stats.{name}.std is {entry['std']!r}, expected none below 0")
     if "q01" in found and "q99" in found and (found["q01"] > found["q99"]).any():
         raise ValueError(f"{file}: norm_stats.{name} has a q01 above its q99, which would turn motions round")
-    return NormStats(**found)
+    return NormStats(mean=found["mean"], std=found["std"], q01=found.get("q01"), q99=found.get("q99"))
