@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ LIVE_VERSIONS = 3
 
 PLACEMENT_DEADLINE_S = 600.0
 """How long actors may take to find a place and start."""
+LISTENER_S = 10.0
+"""How long the head of a cluster may take to accept a connection."""
 SAY_EVERY_S = 10.0
 _ROUNDING = 1e-6
 _STATUS_DEADLINE_S = 10.0
@@ -60,6 +63,8 @@ def connect(*, weight_bytes: int = 0) -> None:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES + LIVE_VERSIONS * weight_bytes,
         }
+    else:
+        _require_listener(os.environ["RAY_ADDRESS"])
     try:
         ray.init(**options)
     except (AuthenticationError, ConnectionError) as error:
@@ -68,6 +73,20 @@ def connect(*, weight_bytes: int = 0) -> None:
         raise PlacementError(
             f"cannot join the Ray cluster on {where}: {why}; see that it is up (`ray status`), and that RAY_AUTH_MODE "
             "and the token in ~/.ray/auth_token are its own"
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Raise PlacementError where nothing listens at a host and port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto`, say
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_S).close()
+    except OSError as error:
+        raise PlacementError(
+            f"no Ray answers at RAY_ADDRESS={address} ({error.strerror or error}); see that the cluster is up (`ray "
+            "status`) and can be reached from here, or unset RAY_ADDRESS to run on this machine alone"
         ) from error
 
 

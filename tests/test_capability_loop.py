@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from actors.checks import check_policy, check_served
 from actors.pipeline import train
 from configs.loader import RecipeError, load_recipe
 from launch import app
@@ -112,6 +113,10 @@ def test_the_command_fine_tunes_apart_from_a_vector_element_by_element(root: Pat
     (supervised,) = metrics(root / "apart", "supervised")
     assert supervised["orthogonal_penalty"] > 0
     assert states_seen(start(root, "apart")) == [0, 1]  # of what it began with, and its own
+    without = load_recipe(root / "apart" / "recipe.yaml", [f"capability.vector={root / 'gone'}"])
+    assert check_served(without) == 0  # driving what was learned needs no vector, training does
+    with pytest.raises(CapabilityError, match="gone"):
+        check_policy(without)
     refused = CliRunner().invoke(app, [*asked, "--init", str(start(root, "sft")), "--vector", str(vector)])
     assert refused.exit_code == 2
     assert "was extracted from the base" in refused.stderr

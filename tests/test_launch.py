@@ -99,6 +99,22 @@ def test_more_gpus_than_exist_stop_the_run_before_it_starts(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cluster_that_is_not_there_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        started = time.monotonic()
+        done = launch("train", str(ROOT / "configs" / "quickstart.yaml"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"pairloom: no Ray answers at RAY_ADDRESS={address} (Connection refused); see that the cluster is up (`ray "
+        "status`) and can be reached from here, or unset RAY_ADDRESS to run on this machine alone"
+    )
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 100  # most of it imports; Ray alone tries for minutes
+
+
 def test_help_explains_every_field() -> None:
     done = invoke("train", "--help")
     assert done.exit_code == 0
