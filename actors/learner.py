@@ -112,15 +112,18 @@ class Learner:
     def _fit(self, learner: SupervisedLearner, states: Path) -> dict[str, float]:
         """Train to the end, from the newest state in the folder `states` that is intact, and leave one there now and
         then."""
-        total, saved, cost = self._supervised.steps, time.monotonic(), 0.0
+        total, saved, cost, told = self._supervised.steps, time.monotonic(), 0.0, False
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
-            nonlocal saved, cost
+            nonlocal saved, cost, told
             if step % PROGRESS_EVERY == 0 or step == total:
                 ray.get(self._monitor.report.remote("supervised", step, total, metrics))
             if step < total and time.monotonic() - saved > max(SAVE_EVERY_S, cost / SAVING_SHARE):
                 began = time.monotonic()
-                _save(learner, states)
+                reason = _save(learner, states)
+                if reason and not told:  # once: it will be the same half a minute later
+                    ray.get(self._monitor.tell.remote({"event": "state_not_saved", "reason": reason}))
+                    told = True
                 saved = time.monotonic()
                 cost = saved - began
 
@@ -201,16 +204,22 @@ class Learner:
         return self._learner
 
 
-def _save(learner: SupervisedLearner, states: Path) -> None:
-    """Leave a state to go on from, where there is room for one: training itself does not need it."""
+def _save(learner: SupervisedLearner, states: Path) -> str:
+    """Leave a state to go on from, where there is room for one: training itself does not need it. Why there is none,
+    and what follows; empty when there is."""
+    follows = "should the learner die, the supervised start begins again from what was saved before"
     need, memory = learner.state_bytes, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > memory / 2:
-        return log.warning("no state saved: it takes %.1f GiB, %.1f are free", need / 2**30, memory / 2**30)
+        return (
+            f"the state takes {need / 2**30:.1f} GiB, {memory / 2**30:.1f} are free, and twice as much is wanted; "
+            f"{follows}"
+        )
     try:
         save_checkpoint(states, f"s{learner.steps_done:08d}", learner.state(), {"step": learner.steps_done})
         keep_newest(states, 1)
     except OSError as error:
-        log.warning("no state saved: %s", error)
+        return f"{error}; {follows}"
+    return ""
 
 
 LearnerActor = ray.remote(Learner)

@@ -7,13 +7,13 @@ their recipes instead, one after another.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.loader import load_recipe
 from learners.checkpoint import MANIFEST, METADATA, CheckpointError
+from policies.weights.files import read_json
 
 MERGED = "merged.json"
 """Beside merged weights: what they are, and what they were merged from."""
@@ -68,12 +68,9 @@ def _by_recipe(weights: Path, source: Path) -> list[int]:
 def read_origin(file: Path) -> dict[str, Any]:
     """The object in a file of this sort. Raises CheckpointError in one line where there is none."""
     try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}; make these weights again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no object; make these weights again")
-    return content
+        return read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; make these weights again") from error
 
 
 def _numbers(file: Path, states: Any) -> list[int]:

@@ -213,7 +213,9 @@ def test_what_openpi_undoes_it_with_undoes_normalise(
     spread = data.draw(arrays.arrays(np.float64, 3, elements=st.floats(0, 100)))
     stats = NormStats(mean=low, std=spread, q01=low, q99=low + spread)
     scaled = normalise(x, stats, quantile=quantile)
-    undone = (scaled + 1) / 2 * (spread + 1e-6) + low if quantile else scaled * (spread + 1e-6) + low
+    # Of the quantiles themselves, as openpi: low + spread - low is the spread but for rounding, which 1e-6 magnifies.
+    width = (low + spread) - low + 1e-6 if quantile else spread + 1e-6
+    undone = (scaled + 1) / 2 * width + low if quantile else scaled * width + low
     np.testing.assert_allclose(undone, x, atol=1e-9)
 
 
@@ -244,7 +246,7 @@ def test_statistics_without_quantiles_do_for_pi0_alone(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", r"norm_stats.json is not JSON"),
-        ("[]", r"lacks the object 'norm_stats'"),
+        ("[]", r"norm_stats.json holds a list, expected an object"),
         ('{"norm_stats": {"state": {}}}', r"lacks norm_stats.state.mean"),
         ('{"norm_stats": {"action": {}}}', r"lacks norm_stats.state; it has \['action'\]"),
         (json.dumps(stats_json(std=[1.0])), r"norm_stats.actions.std is \[1.0\], expected 2 finite numbers"),
@@ -295,7 +297,7 @@ def test_lerobot_s_statistics_are_read_with_their_own_scale(
     [
         ('{"steps": []}', r"names no state_file of one normalizer_processor"),
         ('{"steps": 5}', r"names no state_file of one normalizer_processor"),
-        ("[]", r"names no state_file of one normalizer_processor"),
+        ("[]", r"policy_preprocessor.json holds a list, expected an object"),
         ("{", r"policy_preprocessor.json is not JSON"),
         ("MIN_MAX", r"scales STATE by 'MIN_MAX', expected one of QUANTILES, MEAN_STD; write openpi's"),
         ("no map", r"scales STATE by None, expected one of"),

@@ -61,6 +61,7 @@ const EVENTS = {
   node_draining: ["warn", "◆", (e) => `Node ${String(e.node ?? "").slice(0, 8)} is draining${e.reason ? `: ${e.reason}` : ""}`],
   resumed: ["", "►", (e) => `Run resumed${e.version === undefined ? "" : ` with version ${e.version}`}${e.next_round === undefined ? "" : `, round ${e.next_round} next`}`],
   checkpoint_skipped: ["warn", "◆", (e) => `Checkpoint of version ${e.version} skipped: ${e.reason}`],
+  state_not_saved: ["warn", "◆", (e) => `The supervised start's state was not saved: ${e.reason}`],
   last_words: ["", "·", (e) => `rollout actor ${e.actor} said before it ended: ${e.reason}`],
   stack_differs: ["warn", "≠", (e) => `The stack is not that of ${e.start}: ${e.reason}`],
 };

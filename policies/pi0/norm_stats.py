@@ -8,7 +8,6 @@ the file with their statistics, and has a smaller EPS, which makes no difference
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+
+from policies.weights.files import read_json
 
 STATS_FILE = "norm_stats.json"
 PREPROCESSOR = "policy_preprocessor.json"
@@ -87,24 +88,17 @@ def read_norm_stats(path: str | Path, *, quantile: bool) -> dict[str, NormStats]
     z-scores.
     """
     file = _find(Path(path))
-    content = _read_json(file)
+    content = read_json(file)
     if file.name == PREPROCESSOR:
         return _lerobot_stats(file, content)
-    entries = content.get("norm_stats") if isinstance(content, dict) else None
+    entries = content.get("norm_stats")
     if not isinstance(entries, dict):
         raise ValueError(f"{file} lacks the object 'norm_stats'")
     return {name: _entry(file, entries, name, quantile=quantile) for name in ("state", "actions")}
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def _lerobot_stats(file: Path, content: Any) -> dict[str, NormStats]:
-    steps = content.get("steps") if isinstance(content, dict) else None
+def _lerobot_stats(file: Path, content: Mapping[str, Any]) -> dict[str, NormStats]:
+    steps = content.get("steps")
     known = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     found = [step for step in known if step.get("registry_name") == NORMALIZER]
     if len(found) != 1 or not isinstance(found[0].get("state_file"), str):
