@@ -153,18 +153,16 @@ class Members:
             )
 
     def release(self, busy: set[int]) -> None:
-        """Let actors beyond the least number go that had no work for a while, those not yet placed first."""
+        """Let actors beyond the least number go that had no work for a while. The oldest that are there stay, also
+        where they were idle first: they lie on the nodes that the rest of the run was placed on."""
+        if self._make is None:
+            return
+        kept = sorted(self.all, key=lambda member: (member.away is not None, member.index))[: self._least]
         now = time.monotonic()
-        idle = [
-            member
-            for member in self.all
-            if member.index not in busy and now - member.idle_since > self._release_after_s
-        ]
-        # The oldest stay: they lie on the nodes that were there first.
-        idle.sort(key=lambda member: (member.away is None, -member.index))
-        for member in idle[: max(0, len(self.all) - self._least)] if self._make is not None else ():
-            self.all.remove(member)
-            ray.kill(member.actor)
+        for member in [member for member in self.all if member not in kept]:
+            if member.index not in busy and now - member.idle_since > self._release_after_s:
+                self.all.remove(member)
+                ray.kill(member.actor)
 
     def watch(self, busy: set[int]) -> None:
         """Give no more cells to actors on nodes that are about to go, and move those that are done elsewhere."""

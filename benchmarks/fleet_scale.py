@@ -4,7 +4,8 @@
 
 What is real: Ray, the fleet that hands out cells, the store actor with its durable files, the run folder, the page with
 somebody watching it. What is not: the simulators and the policy. A few processes stand for all the rollout actors: each
-of their many slots waits as long as an episode takes, and gives back a trajectory of the quickstart's size.
+of their many slots waits as long as an episode takes, and gives back a trajectory of the quickstart's size. Every round
+is driven with a version of its own, and its pairs are mined as a learner's would be, none of an earlier version.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import heapq
 import random
 import tempfile
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +38,7 @@ from actors.run_folder import RunFolder
 from actors.stages import drive
 from benchmarks.fingerprint import software_fingerprint, write_json
 from configs.loader import load_recipe
+from configs.preference import PreferencePart
 from dashboard.server import Dashboard
 from trajectories.codec import episode_record
 from trajectories.records import ActionSample, Cell, Decision, Observation, Trajectory
@@ -45,6 +48,8 @@ PROCESSES = 4
 DECISIONS, SIDE, CHUNK = 20, 64, 8
 STATES, TASKS = 30, 10
 HASH = "0" * 64
+MINED_BYTES = 1 << 30
+"""What the trajectories of a round take in the object store on their way to a learner."""
 
 
 @ray.remote(num_cpus=0.1)
@@ -56,7 +61,7 @@ class ManyRollouts:
         rows = np.linspace(0, 255, SIDE, dtype=np.uint8)
         self._image = np.broadcast_to(rows[:, None, None], (SIDE, SIDE, 3)).copy()
 
-    async def rollout(self, cell: Cell, **_: Any) -> tuple[dict[str, Any], Trajectory]:
+    async def rollout(self, cell: Cell, *, version: int, **_: Any) -> tuple[dict[str, Any], Trajectory]:
         await asyncio.sleep(lasts(cell, self._episode_s))
         drawn = random.Random(cell.key)
         outcome = "success" if drawn.random() < 0.5 else "timeout"
@@ -65,7 +70,7 @@ class ManyRollouts:
             decisions=tuple(self._decision(drawn) for _ in range(DECISIONS)),
             outcome=outcome,  # type: ignore[arg-type]
             env_steps=DECISIONS * CHUNK,
-            policy_version=0,
+            policy_version=version,
             policy_hash=HASH,
         )
         return episode_record(trajectory), trajectory
@@ -144,16 +149,19 @@ def measure(
     rows = []
     for index in range(rounds):
         cells = cells_of(index, int(60 * slots / episode_s))
+        ray.get(crew.store.register_version.remote(index, HASH))
         out = drive(
             crew,
             folder,
             cells,
-            version=0,
+            version=index,
             temperature=1.0,
             phase="rollout",
             round_index=index,
             keep=True,
         )
+        started = time.monotonic()
+        counts = ray.get(crew.store.mine.options(num_returns=3).remote(index)[2])
         rows.append(
             {
                 "round": index,
@@ -161,6 +169,8 @@ def measure(
                 "episodes_per_s": round(len(out.success) / out.wall_s, 1),
                 "wall_s": round(out.wall_s, 1),
                 "least_wall_s": round(least_wall_s(cells, slots=slots, episode_s=episode_s), 1),
+                "pairs": counts.pairs,
+                "mining_s": round(time.monotonic() - started, 1),
                 "store_mib": memory_mib(store_pid()),
                 "driver_and_page_mib": memory_mib(psutil.Process().pid),
                 "page_sent_mib": round(watcher.received / 2**20, 1),
@@ -175,7 +185,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="rounds, each of somewhat more than a minute")] = 10,
     output: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
-    connect()
+    connect(weight_bytes=MINED_BYTES)
     with tempfile.TemporaryDirectory() as root:
         recipe = load_recipe(QUICKSTART, [f"root={root}", "name=scale"])
         folder = RunFolder.create(recipe)
@@ -184,8 +194,7 @@ def main(
         watcher = Watcher(page.url)
         watcher.start()
         crew = Crew()
-        crew.start_store(str(folder.path), preference=recipe.preference, seed=0)
-        ray.get(crew.store.register_version.remote(0, HASH))
+        crew.start_store(str(folder.path), preference=PreferencePart(max_staleness=0), seed=0)
         slots = number // PROCESSES
         made = [ManyRollouts.options(max_concurrency=slots + 1).remote(episode_s) for _ in range(PROCESSES)]  # type: ignore[attr-defined]
         crew.fleet = Fleet(made, slots=slots, timeout_s=600.0, on_event=folder.event)

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 JOURNALS = ("metrics", "events", "episodes")
 QUIET_S = 30.0
 """A run without a new line for as long may have ended."""
-EPISODES_REMEMBERED = 50_000
-"""Latest episode ids by which a line written again after a restart is known: those of the last round come again."""
+EPISODES_REMEMBERED = 10_000
+"""Latest episodes by which a line written again after a restart is known: the last ones before it come again."""
 
 
 class Panel(Protocol):
@@ -81,7 +81,8 @@ class LiveRun:
             "compare": self.held_out,
         }
         self._tails = {name: Tail(self.folder / f"{name}.jsonl") for name in JOURNALS}
-        self._seen: dict[tuple[str, str], None] = {}
+        self._seen: dict[int, None] = {}
+        """Hashes of (phase, trajectory id), oldest first."""
         self._unreadable = 0
 
     @property
@@ -123,8 +124,10 @@ class LiveRun:
         return changed
 
     def _again(self, line: Mapping[str, Any]) -> bool:
-        key = str(line.get("phase")), str(line.get("trajectory_id"))
-        if "trajectory_id" in line and key in self._seen:
+        if "trajectory_id" not in line:
+            return False
+        key = hash((str(line.get("phase")), str(line["trajectory_id"])))
+        if key in self._seen:
             return True
         self._seen[key] = None
         if len(self._seen) > EPISODES_REMEMBERED:

@@ -57,6 +57,9 @@ class TrajectoryArchive:
         """Trajectories refused since opening because they were there already."""
         self._files = folder / "trajectories"
         self._index: dict[str, Candidate] = {}
+        self._oldest = 0
+        """The version from which on trajectories are in the index; of older ones there are only the files."""
+        self._num_stored = 0
         self._hashes: dict[int, str] = {}
         self._retired: set[int] = set()
         with writing(folder, "the index"):
@@ -64,9 +67,24 @@ class TrajectoryArchive:
             self._journal = self._open_index(folder / "store.jsonl")
             self._reconcile()
 
-    @property
-    def candidates(self) -> Mapping[str, Candidate]:
-        """What pairing needs to know of each stored trajectory, by id."""
+    def __len__(self) -> int:
+        """How many trajectories are stored."""
+        return self._num_stored
+
+    def since(self, version: int) -> Mapping[str, Candidate]:
+        """What pairing needs to know of each stored trajectory of that version or a later one, by id.
+
+        Earlier ones are forgotten until they are asked for, so that memory does not grow with the length of a run.
+        """
+        if version < self._oldest:
+            self._index.clear()
+            self._num_stored, self._oldest = 0, version
+            for line in read_journal(self._journal.path):
+                self._replay(line)
+        self._oldest = version
+        self._index = {
+            name: candidate for name, candidate in self._index.items() if candidate.policy_version >= version
+        }
         return self._index
 
     @property
@@ -109,7 +127,7 @@ class TrajectoryArchive:
                 f"{trajectory.cell.key} was driven by version {trajectory.policy_version} with hash "
                 f"{trajectory.policy_hash!r}, expected {expected!r}; register_version() comes first"
             )
-        if trajectory.trajectory_id in self._index:
+        if self._is_stored(trajectory):
             self.num_duplicates += 1
             return False
         with writing(self.folder, f"trajectory {trajectory.cell.key}"):
@@ -130,6 +148,11 @@ class TrajectoryArchive:
     def close(self) -> None:
         """Close the index; harmless when already closed."""
         self._journal.close()
+
+    def _is_stored(self, trajectory: Trajectory) -> bool:
+        if trajectory.policy_version < self._oldest:
+            return self._path(trajectory.trajectory_id).exists()
+        return trajectory.trajectory_id in self._index
 
     def _path(self, trajectory_id: str) -> Path:
         return self._files / f"{trajectory_id}{SUFFIX}"
@@ -152,6 +175,7 @@ class TrajectoryArchive:
                 self._retired.add(line["version"])
             case "trajectory":
                 cell = {key: line[key] for key in ("suite", "task_id", "init_state", "seed")}
+                self._num_stored += line["trajectory_id"] not in self._index
                 self._index[line["trajectory_id"]] = Candidate(
                     trajectory_id=line["trajectory_id"],
                     cell=Cell(**cell),
@@ -160,7 +184,7 @@ class TrajectoryArchive:
                     finite=line["finite"],
                 )
             case "removed":
-                self._index.pop(line["trajectory_id"], None)
+                self._num_stored -= self._index.pop(line["trajectory_id"], None) is not None
 
     def _open_index(self, path: Path) -> Journal:
         """Replay the index; a damaged one is set aside, since the files can rebuild all but the retirements."""

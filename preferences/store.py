@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from preferences.archive import StoreError, TrajectoryArchive, UnknownPolicyError, writing
 from preferences.lock import FolderLock, FolderLockedError
-from preferences.pairing import PairCounts, PairRef, mine_pairs, oldest_version
+from preferences.pairing import Candidate, PairCounts, PairRef, mine_pairs, oldest_version
 from trajectories.journal import Journal, JournalError, read_journal
 from trajectories.records import PreferencePair, Trajectory
 
@@ -66,7 +67,6 @@ class PreferenceStore:
             self._archive = TrajectoryArchive(self.folder)
             with writing(self.folder, "pairs.jsonl"):
                 self._journal = Journal(self.folder / "pairs.jsonl", fsync=True)
-            self._mined = {str(line["pair_id"]) for line in read_journal(self._journal.path)}
         except (StoreError, JournalError):
             self._lock.release()
             raise
@@ -107,36 +107,40 @@ class PreferenceStore:
         """Pair what is stored (see `mine_pairs`) and put down in `pairs.jsonl` the pairs that are new.
 
         A file that is found damaged is quarantined and its trajectory forgotten, so that its episode can be run
-        again; the rest pairs without it.
+        again; the rest pairs without it. Memory is taken by what is recent enough to pair, not by what is stored.
 
         Raises:
             ValueError: see `mine_pairs`.
+            JournalError: `pairs.jsonl` or `store.jsonl` was damaged since the store was opened.
             StoreError: the disk is full.
         """
         oldest = oldest_version(current_version, max_staleness, self._archive.retired)
         while True:
+            candidates = self._archive.since(oldest)
             refs, counts = mine_pairs(
-                self._archive.candidates.values(),
+                candidates.values(),
                 current_version=current_version,
                 max_staleness=max_staleness,
                 pairs_per_state=pairs_per_state,
                 seed=seed,
                 retired=self._archive.retired,
             )
-            successes = self._success_ids(oldest, current_version)
+            successes = self._success_ids(candidates.values(), current_version)
             wanted = {side for ref in refs for side in (ref.chosen, ref.rejected)} | set(successes)
             found = self._archive.load_intact(sorted(wanted))
             if found.keys() == wanted:
                 break
-        new = [ref for ref in refs if ref.pair_id not in self._mined]
+        mined = {line["pair_id"] for line in read_journal(self._journal.path)}
         with writing(self.folder, "new pairs"):
-            self._journal.extend(_pair_record(ref, current_version) for ref in new)
-        self._mined.update(ref.pair_id for ref in new)
+            self._journal.extend(
+                _pair_record(ref, current_version) for ref in refs if ref.pair_id not in mined
+            )
+        forgotten = len(self._archive) - len(candidates)
         return MinedPairs(
             refs=refs,
             pairs=tuple(PreferencePair(chosen=found[r.chosen], rejected=found[r.rejected]) for r in refs),
             successes=tuple(found[name] for name in successes),
-            counts=replace(counts, duplicates=self._archive.num_duplicates),
+            counts=replace(counts, stale=counts.stale + forgotten, duplicates=self._archive.num_duplicates),
         )
 
     def close(self) -> None:
@@ -153,13 +157,13 @@ class PreferenceStore:
     ) -> None:
         self.close()
 
-    def _success_ids(self, min_version: int, max_version: int) -> list[str]:
+    def _success_ids(self, candidates: Iterable[Candidate], max_version: int) -> list[str]:
         wanted = [
             candidate
-            for candidate in self._archive.candidates.values()
+            for candidate in candidates
             if candidate.outcome == "success"
             and candidate.finite
-            and min_version <= candidate.policy_version <= max_version
+            and candidate.policy_version <= max_version
             and candidate.policy_version not in self._archive.retired
         ]
         wanted.sort(key=lambda candidate: (candidate.policy_version, candidate.cell))

@@ -22,6 +22,7 @@ from actors.crew import Crew
 from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
 from actors.learning import Origin, Update, Version, end_update
+from actors.members import Members
 from actors.parameter_server import (
     ParameterServer,
     ParameterServerError,
@@ -318,6 +319,24 @@ def test_fleet_replaces_the_dead_and_the_hung_and_loses_no_cell(cluster: None, t
     restarts = [e["reason"] for e in events if e["event"] == "actor_restarted"]
     assert restarts.count("an episode took longer than 15 s") == 1
     assert len(restarts) == 5  # state 1 once, state 2 once, state 3 three times
+
+
+@pytest.mark.ray
+def test_the_oldest_actor_stays_though_it_was_idle_first(cluster: None) -> None:
+    def make(_: str | None) -> Any:
+        return Worker.options(num_cpus=0.1).remote()  # type: ignore[attr-defined]
+
+    members = Members([make(None)], slots=1, on_event=print, make=make, most=3, release_after_s=0.0)
+    members.scale(cells=5)
+    while len(members.ready()) < 3:
+        members.greet()
+    members.release(busy={1, 2})
+    assert [member.index for member in members] == [0, 1, 2]
+    members.release(busy={2})
+    assert [member.index for member in members] == [0, 2]
+    members.release(busy=set())
+    assert [member.index for member in members] == [0]
+    ray.kill(next(iter(members)).actor)
 
 
 @ray.remote

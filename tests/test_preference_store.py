@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preferences.archive import TrajectoryArchive
 from preferences.pairing import is_finite
 from preferences.store import MinedPairs, PreferenceStore, StoreError, UnknownPolicyError
 from trajectories.codec import load_trajectory, save_trajectory
@@ -166,6 +167,23 @@ def test_successes_are_the_clean_ones_of_the_versions_mined_and_in_force(tmp_pat
         assert [t.policy_version for t in mine_from(store, 2).successes] == [0, 0]
     with open_store(tmp_path) as store:
         assert mine_from(store, 2).counts.stale == 8
+
+
+def test_versions_too_old_to_pair_leave_memory_and_come_back_when_asked_for(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        old = fill(store)
+        fill(store, version=3)
+        first = mine_from(store, 0)
+        later = mine_from(store, 3)
+        assert later.counts.stale == len(old)
+        assert store.add(old[0]) is False
+        again = mine_from(store, 0)
+        assert (again.refs, again.counts.stale) == (first.refs, first.counts.stale)
+        assert len(read_journal(tmp_path / "pairs.jsonl")) == len(first.refs) + len(later.refs)
+    archive = TrajectoryArchive(tmp_path)
+    assert {c.policy_version for c in archive.since(3).values()} == {3}
+    assert len(archive) == len(archive.since(0)) == 2 * len(old)
+    archive.close()
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])

@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-STATES = 5_000
-"""Latest (suite, task, initial state, version) whose episodes are remembered."""
-FOUND = 500
+STATES = 1_000
+"""Latest (suite, task, initial state, version) whose episodes are remembered: a state's samples are driven together."""
+FOUND = 100
 """Latest contrasts that are remembered: of those whose files are there, the page shows SHOWN."""
 SHOWN = 6
 
