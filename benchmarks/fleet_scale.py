@@ -133,7 +133,8 @@ def cells_of(round_index: int, count: int) -> list[Cell]:
 
 
 def memory_mib(pid: int) -> float:
-    return round(psutil.Process(pid).memory_info().rss / 2**20, 1)
+    """What a process has to itself: pages of the object store, which all map, are nobody's own."""
+    return round(psutil.Process(pid).memory_full_info().uss / 2**20, 1)
 
 
 def store_pid() -> int:
