@@ -37,6 +37,7 @@ from actors.placement import connect
 from actors.run_folder import RunFolder
 from actors.stages import drive
 from benchmarks.fingerprint import software_fingerprint, write_json
+from benchmarks.processes import own_mib
 from configs.loader import load_recipe
 from configs.preference import PreferencePart
 from dashboard.server import Dashboard
@@ -132,11 +133,6 @@ def cells_of(round_index: int, count: int) -> list[Cell]:
     ]
 
 
-def memory_mib(pid: int) -> float:
-    """What a process has to itself: pages of the object store, which all map, are nobody's own."""
-    return round(psutil.Process(pid).memory_full_info().uss / 2**20, 1)
-
-
 def store_pid() -> int:
     """The store's process, among this driver's own."""
     own = psutil.Process().children(recursive=True)
@@ -172,8 +168,8 @@ def measure(
                 "least_wall_s": round(least_wall_s(cells, slots=slots, episode_s=episode_s), 1),
                 "pairs": counts.pairs,
                 "mining_s": round(time.monotonic() - started, 1),
-                "store_mib": memory_mib(store_pid()),
-                "driver_and_page_mib": memory_mib(psutil.Process().pid),
+                "store_mib": own_mib(store_pid()),
+                "driver_and_page_mib": own_mib(psutil.Process().pid),
                 "page_sent_mib": round(watcher.received / 2**20, 1),
             }
         )

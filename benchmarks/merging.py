@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
+from benchmarks.processes import peak_bytes
 from benchmarks.published_sizes import openvla_7b
 from learners.capability import extract
 from learners.merging import merge
@@ -73,13 +74,6 @@ def rows(rng: np.random.Generator, tensor: Stored) -> Iterator[np.ndarray]:
         shape = (min(step, first - start), *tensor.shape[1:]) if tensor.shape else ()
         bits = rng.integers(0, 1 << 16, size=shape, dtype=np.uint16) & np.uint16(0x807F)
         yield (bits | np.uint16(0x3C00)).view(BFLOAT16)
-
-
-def peak_bytes() -> int:
-    """The greatest memory of this process so far."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def work(what: str, base: Path, other: Path, out: Path) -> None:

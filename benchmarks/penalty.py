@@ -8,6 +8,7 @@ AdamW; or, for `lora` and `dora`, one of an update's steps after its first. CapV
 run, so that a busy machine slows all of them; medians are reported, of wall time and of processor time, and each
 variant's over that of the same step without. `kept` counts the tensors that a variant holds beside the plain step's:
 the vector and the weights as they were, or the head and its targets (DoRA's products of rows, some kB, left out).
+`peak` is the greatest memory that building a variant and taking steps needs, in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,7 @@ from rich.table import Table
 
 from benchmarks.fingerprint import software_fingerprint, write_json
 from benchmarks.learner import IMAGE_SIZE, synthetic_trajectory
+from benchmarks.processes import peak_bytes
 from configs.policy import PolicyPart
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
@@ -53,6 +56,7 @@ VARIANTS = {
 """What is measured, and what it is compared with."""
 DEMOS, PAIRS = 4, 4
 UPDATE_STEPS = 5
+PEAK_STEPS = 3
 
 
 class Supervised:
@@ -143,12 +147,13 @@ def _with_depth(demo: Trajectory) -> Trajectory:
     return replace(demo, decisions=decisions)
 
 
+def make(name: str, part: PolicyPart, steps: int) -> Supervised | Adapter:
+    return Supervised(name, part, steps) if VARIANTS[name] == "plain" else Adapter(name, part)
+
+
 def measure(part: PolicyPart, repeats: int) -> list[dict[str, Any]]:
     """One row per variant, all alternating after a step of warming up."""
-    variants = {
-        name: Supervised(name, part, repeats + 1) if like == "plain" else Adapter(name, part)
-        for name, like in VARIANTS.items()
-    }
+    variants = {name: make(name, part, repeats + 1) for name in VARIANTS}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for repeat in track(range(repeats + 1), description="steps"):
         for name, variant in variants.items():
@@ -167,9 +172,26 @@ def measure(part: PolicyPart, repeats: int) -> list[dict[str, Any]]:
                 "over": VARIANTS[name],
                 "times": statistics.median(over),
                 "kept_mib": variants[name].kept / 2**20,
+                "peak_mib": alone(name, part) / 2**20,
             }
         )
     return rows
+
+
+def alone(name: str, part: PolicyPart) -> int:
+    """Bytes that a variant takes at most, in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (name, part))
+
+
+def peak(name: str, part: PolicyPart) -> int:
+    """Bytes that a variant takes at most beyond what this process has taken before."""
+    torch.set_num_threads(1)
+    before = peak_bytes()
+    variant = make(name, part, PEAK_STEPS)
+    for _ in range(PEAK_STEPS):
+        variant.step()
+    return peak_bytes() - before
 
 
 def main(
