@@ -117,9 +117,7 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    version: Annotated[
-        int | None, typer.Option(help="version to evaluate; default: the last promoted")
-    ] = None,
+    version: Annotated[int | None, typer.Option(help="default: the last promoted")] = None,
     manifest: Annotated[str, typer.Option(help="held-out, or published (10 tasks x 50 states)")] = "held-out",
     tasks: Annotated[
         str | None, typer.Option(help="held-out states of these tasks instead, such as 1,8")
@@ -227,8 +225,7 @@ def parity(
                 f"{result.name}  {result.difference:.2e}  {'pass' if result.passed else 'fail'}"
                 + (f"  ({result.note})" if result.note else "")
             )
-        left_out = sorted(set(fixture.expected) - {result.name for result in results if result.compared})
-        if left_out:
+        if left_out := sorted(set(fixture.expected) - {result.name for result in results if result.compared}):
             typer.echo(f"not compared, for nothing here computes it: {', '.join(left_out)}")
         compared += computed
         failed += sum(not result.passed for result in results)
@@ -255,9 +252,10 @@ def extract(base: WeightsFolder, sft: WeightsFolder, aux: WeightsFolder, out: Ne
     for name, layer in layers[:10]:
         table.add_row(name, f"{layer.gamma_norm:.4g}", f"{layer.ratio:.3g}", f"{layer.cosine:+.3f}")
     Console(stderr=True).print(table)
-    result = {"vector": str(out), "base_hash": manifest.base_hash, "weights": len(layers)}
-    ratio = total.ratio if math.isfinite(total.ratio) else None
-    typer.echo(json.dumps(result | {"gamma_over_sft": ratio, "cosine": total.cosine}))
+    lies = {"gamma_over_sft": total.ratio if math.isfinite(total.ratio) else None, "cosine": total.cosine}
+    typer.echo(
+        json.dumps({"vector": str(out), "base_hash": manifest.base_hash, "weights": len(layers)} | lies)
+    )
 
 
 @capability.command()
@@ -279,7 +277,7 @@ def train_apart(
     overrides: Overrides = None,
     init: Annotated[Path | None, typer.Option(help="weights to fine-tune: a run's checkpoints/start")] = None,
     vector: Annotated[Path | None, typer.Option(help="a vector of these weights, to begin with")] = None,
-    alpha: Annotated[float, typer.Option(help="how much of the vector")] = 1.1,
+    alpha: Annotated[float | None, typer.Option(help="how much of it; default: 1.1")] = None,
 ) -> None:
     """Fine-tune weights on the recipe's demonstrations and evaluate them: INIT or, with a VECTOR, INIT plus ALPHA times
     that, kept apart from it as the recipe's `capability` part says. The recipe may add an auxiliary objective."""
@@ -287,9 +285,11 @@ def train_apart(
         changes = list(overrides or [])
         if init is None:
             raise RecipeError("capability train needs --init, the weights to fine-tune")
-        if vector is not None:
+        if vector is None and alpha is not None:
+            raise RecipeError(f"--alpha {alpha:g} without --vector: name the vector that it is of")
+        if vector:
             root = load_recipe(recipe, changes).root
-            init = merging.merged_once(init, vector, alpha=alpha, root=root)
+            init = merging.merged_once(init, vector, alpha=1.1 if alpha is None else alpha, root=root)
             changes.append(f"capability.vector={vector}")
         changes.append(f"supervised.init={init}")
         result = run_training(load_recipe(recipe, changes))

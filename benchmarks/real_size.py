@@ -6,7 +6,8 @@
 Weights are random, which changes neither time nor memory; they are made on the device, so no checkpoint is needed.
 Each model's device memory is freed before the next. Peak memory is torch's own count of what it had allocated. What
 does not fit the device is reported as such, and the rest is measured all the same. `lora-apart` is LoRA kept apart from
-a capability vector of the adapted layers, by the cosine penalty.
+a capability vector of the adapted layers, by the cosine penalty; `penalty_lora-apart` is what the penalty itself takes
+of a step, without the noise of two steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -46,6 +47,7 @@ from policies.pi0.network import Pi0Network
 from policies.pi0.sizes import PI05, Pi0Config
 from policies.protocol import Policy
 from policies.weights import adapters
+from trajectories.bfloat16 import BFLOAT16
 from trajectories.records import Cell, Decision, Observation, Outcome, PreferencePair, Trajectory
 
 Method = Literal["lora", "lora-apart", "dora"]
@@ -158,6 +160,8 @@ def measure(
             policy = build()
         learner = _learner(policy, method, micro_batch)
         found[f"step_{method}"] = timed(partial(learner.update, [pair], [pair.chosen], []))
+        if learner.penalty is not None:
+            found[f"penalty_{method}"] = timed(learner.penalty.add_gradients)
         del learner
     return found
 
@@ -175,15 +179,33 @@ def _passes(
     return found
 
 
+class Drawn(Mapping[str, np.ndarray]):
+    """A vector of random bfloat16 numbers about 0.01, each tensor drawn when it is asked for."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        bits = np.random.default_rng(0).integers(0, 1 << 16, self._shapes[name], dtype=np.uint16)
+        return ((bits & np.uint16(0x807F)) | np.uint16(0x3C00)).view(BFLOAT16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
 def _learner(policy: Policy, method: Method, micro_batch: int) -> PreferenceLearner:
     vector = None
     if method == "lora-apart":
-        linears = (
-            (name, parameter)
-            for name, parameter in policy.module.named_parameters()
-            if name.split(".")[-2] in adapters.LINEARS
+        vector = Drawn(
+            {
+                name: tuple(parameter.shape)
+                for name, parameter in policy.module.named_parameters()
+                if name.split(".")[-2] in adapters.LINEARS
+            }
         )
-        vector = {name: np.zeros(tuple(parameter.shape), np.float32) for name, parameter in linears}
     return PreferenceLearner(
         policy,
         adapter=AdapterPart(method="dora" if method == "dora" else "lora", rank=32, alpha=64),

@@ -13,7 +13,7 @@ Z = 1.959963984540054
 """The normal distribution's 97.5th percentile."""
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 12)
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
     """95 % Wilson score interval (Wilson 1927), each bound in [0, 1]; episodes >= 1.
 

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from learners.lineage import recipe_of, states_seen
+from policies.weights.files import read_json
 from policies.weights.shards import ShardFolder, Stored, write_shard
 from trajectories.bfloat16 import is_finite, narrow, widen
 from trajectories.hashing import TensorDigest, root_hash
@@ -83,6 +84,9 @@ class Manifest:
             sft_norm=math.sqrt(sum(layer.sft_norm**2 for layer in layers)),
             inner=sum(layer.inner for layer in layers),
         )
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def extract(
@@ -215,15 +219,20 @@ def require_intact(gammas: ShardFolder) -> None:
 def read_manifest(vector: str | Path) -> Manifest:
     """What a vector says of itself. Raises CapabilityError for a folder that is none."""
     file = Path(vector) / MANIFEST
+    if not file.is_file():
+        raise CapabilityError(f"{vector} is no capability vector: it has no {MANIFEST}")
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content = read_json(file)
         if content.pop("format") != FORMAT:
             raise CapabilityError(f"{file} has another format, expected {FORMAT}; extract the vector again")
-        layers = {name: Geometry(**values) for name, values in content.pop("layers").items()}
-        return Manifest(**content, layers=layers)
-    except FileNotFoundError as error:
-        raise CapabilityError(f"{vector} is no capability vector: it has no {MANIFEST}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return _MANIFEST.validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise CapabilityError(
+            f"{file} is not a capability vector's: {where}: {first['msg']}; extract it again"
+        ) from error
+    except (ValueError, KeyError) as error:
         raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +32,10 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
     whatever else lies in its folder; returns its content hash.
 
     Sums are taken in float32 and cast once. With alpha 0 the weights are those of `base` to the bit. Raises
-    CapabilityError for a vector of another base, a result that is not finite, or an `out` that exists or lies in
-    `base`.
+    CapabilityError for a vector of another base, an alpha or a result that is not finite, or an `out` that exists or
+    lies in `base`.
     """
+    _require_finite(alpha)
     theirs, gammas, out = open_weights(base), open_weights(vector), Path(out)
     if out.resolve().is_relative_to(theirs.path.resolve()):
         raise CapabilityError(f"{out} lies in {base}, which is copied there; name a folder elsewhere")
@@ -79,6 +81,7 @@ def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path
 def merged_once(base: str | Path, vector: str | Path, *, alpha: float, root: str | Path) -> Path:
     """The folder below `root` that holds theta_pre + alpha gamma, made unless it is there; see `merge`, whose refusals
     hold either way. It lies as a run's start does, beside the recipe of `base`'s run where that is one's."""
+    _require_finite(alpha)
     manifest = read_manifest(vector)
     _require_base(open_weights(base), Path(vector))
     run = Path(root) / f"meta-{manifest.base_hash[:8]}-{manifest.gamma_hash[:8]}-{alpha!r}"
@@ -121,6 +124,11 @@ def _added(base: np.ndarray, gamma: np.ndarray, alpha: float) -> np.ndarray:
     """base + alpha gamma, in float32, cast once."""
     with np.errstate(over="ignore", invalid="ignore"):
         return narrow(widen(base) + np.float32(alpha) * widen(gamma), base.dtype)
+
+
+def _require_finite(alpha: float) -> None:
+    if not math.isfinite(alpha):
+        raise CapabilityError(f"alpha is {alpha}, expected a finite number; the paper's is 1.1")
 
 
 def _require_base(base: ShardFolder, vector: Path) -> Manifest:

@@ -14,13 +14,14 @@ import torch
 from configs.supervised import CapabilityPart
 from objectives.orthogonal import (
     LowRank,
-    Matrix,
     Rescaled,
+    add_elementwise_gradient,
+    add_squared_cosine_gradient,
     cosine,
     cosine_penalty,
-    elementwise_and_gradient,
     elementwise_penalty,
-    squared_cosine_and_gradient,
+    low_rank_gradients,
+    rescaled_gradients,
 )
 from policies.weights import adapters
 from policies.weights.snapshots import to_tensor
@@ -84,21 +85,24 @@ class FullPenalty:
 
     @torch.no_grad()
     def add_gradients(self) -> dict[str, float]:
-        elementwise = self._part.penalty == "elementwise"
-        share = 1.0 if elementwise else 1.0 / len(self._weights)
-        total: torch.Tensor | float = 0.0
+        weight_of_all = self._part.weight
+        total = torch.zeros(())
         for name, weight in self._weights.items():
-            gamma, delta = self._gamma[name], weight - self._began[name]
-            value, gradient = (
-                elementwise_and_gradient(gamma, delta)
-                if elementwise
-                else squared_cosine_and_gradient(gamma, delta, squares=self._squares[name], floor=FLOOR)
-            )
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            weight.grad.add_(gradient, alpha=share * self._part.weight)
-            total = total + share * value
-        return {"orthogonal_penalty": float(total)}
+            gamma, delta, gradient = self._gamma[name], weight - self._began[name], gradient_of(weight)
+            if self._part.penalty == "elementwise":
+                value = add_elementwise_gradient(gradient, gamma, delta, weight=weight_of_all)
+            else:
+                share = 1 / len(self._weights)
+                value = share * add_squared_cosine_gradient(
+                    gradient,
+                    gamma,
+                    delta,
+                    squares=self._squares[name],
+                    floor=FLOOR,
+                    weight=share * weight_of_all,
+                )
+            total = total.to(value.device) + value
+        return {"orthogonal_penalty": total.item()}
 
 
 class AdapterPenalty:
@@ -117,8 +121,8 @@ class AdapterPenalty:
             by_shape.setdefault(str(list(_weight(layers[name]).shape)), []).append(name)
         self._part = part
         self._stacks = {}
-        for shape, names in by_shape.items():  # a vector of the decoder's size is read a stack at a time
-            gammas = [_gamma(vector, name, _weight(layers[name])) for name in names]
+        for shape, names in by_shape.items():
+            gammas = (_gamma(vector, name, _weight(layers[name])) for name in names)
             self._stacks[shape] = _Stack([layers[name] for name in names], gammas)
         self._gamma = {shape: stack.gamma for shape, stack in self._stacks.items()}
         self._squares = {
@@ -137,41 +141,83 @@ class AdapterPenalty:
             for shape, stack in self._stacks.items()
         )
 
+    @torch.no_grad()
     def add_gradients(self) -> dict[str, float]:
-        value = self.value()
-        (self._part.weight * value).backward()
-        return {"orthogonal_penalty": value.item()}
+        layers = sum(len(stack) for stack in self._stacks.values())
+        weight = self._part.weight / layers
+        values = [
+            stack.add_gradients(squares=self._squares[shape], weight=weight)
+            for shape, stack in self._stacks.items()
+        ]
+        return {"orthogonal_penalty": torch.stack(values).sum().item() / layers}
 
 
 class _Stack:
     """Adapted layers of one shape, and the vector's tensors of them."""
 
-    def __init__(self, layers: Sequence[adapters.AdaptedLinear], gammas: Sequence[torch.Tensor]) -> None:
-        self._layers = layers
-        self.gamma = torch.stack(list(gammas))
-        if "m" in adapters.factors(layers[0]):
-            bases = [_weight(layer) for layer in layers]
-            self._squares = torch.stack([_row_products(base, base) for base in bases])
-            self._along = torch.stack([_row_products(g, base) for g, base in zip(gammas, bases, strict=True)])
+    def __init__(self, layers: Sequence[adapters.AdaptedLinear], gammas: Iterable[torch.Tensor]) -> None:
+        """`gammas`, one a layer, are read one at a time: together they may be as large as the decoder."""
+        self._bases = [_weight(layer) for layer in layers]
+        self._factors = [adapters.factors(layer) for layer in layers]
+        self._scaling = adapters.scaling(layers[0])
+        self._dora = "m" in self._factors[0]
+        self.gamma = self._bases[0].new_empty(len(layers), *self._bases[0].shape)
+        for place, gamma in zip(self.gamma, gammas, strict=True):
+            place.copy_(gamma)
+        if self._dora:
+            self._squares = torch.stack([_row_products(base, base) for base in self._bases])
+            pairs = zip(self.gamma, self._bases, strict=True)
+            self._along = torch.stack([_row_products(gamma, base) for gamma, base in pairs])
 
-    def change(self) -> Matrix:
+    def __len__(self) -> int:
+        return len(self._bases)
+
+    def change(self) -> LowRank | Rescaled:
         """Of all layers, a stack [G, m, n]."""
-        factors = [adapters.factors(layer) for layer in self._layers]
-        left = adapters.scaling(self._layers[0]) * torch.stack([own["B"] for own in factors])
-        low = LowRank(left=left, right=torch.stack([own["A"] for own in factors]))
-        if "m" not in factors[0]:
+        low = LowRank(left=self._scaling * self._stacked("B"), right=self._stacked("A"))
+        if not self._dora:
             return low
         projected = [
-            (_weight(layer) @ own["A"].mT.to(_weight(layer).dtype)).to(left.dtype)
-            for layer, own in zip(self._layers, factors, strict=True)
+            (base @ own["A"].mT.to(base.dtype)).to(low.left.dtype)
+            for base, own in zip(self._bases, self._factors, strict=True)
         ]
         return Rescaled(
             low=low,
-            magnitude=torch.stack([own["m"] for own in factors]),
+            magnitude=self._stacked("m"),
             projected=torch.stack(projected),
             squares=self._squares,
             along=self._along,
         )
+
+    def add_gradients(self, *, squares: torch.Tensor, weight: float) -> torch.Tensor:
+        """Add `weight` times the gradient of the layers' squared cosines to their factors' `.grad`; their sum."""
+        change = self.change()
+        if isinstance(change, LowRank):
+            value, left, right = low_rank_gradients(self.gamma, change, squares=squares, floor=FLOOR)
+            found = {"B": self._scaling * left, "A": right}
+        else:
+            value, left, right, magnitude = rescaled_gradients(
+                self.gamma, change, squares=squares, floor=FLOOR, times_base=self._times_base
+            )
+            found = {"B": self._scaling * left, "A": right, "m": magnitude}
+        for name, gradients in found.items():
+            own = [gradient_of(factors[name]) for factors in self._factors]
+            torch._foreach_add_(own, list(gradients.unbind()), alpha=weight)  # one kernel, not one a layer
+        return value.sum()
+
+    def _stacked(self, name: str) -> torch.Tensor:
+        return torch.stack([own[name] for own in self._factors])
+
+    def _times_base(self, rows: torch.Tensor) -> torch.Tensor:
+        products = [own.to(base.dtype) @ base for own, base in zip(rows, self._bases, strict=True)]
+        return torch.stack(products).to(rows.dtype)
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Its `.grad`, of zeros where it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _lie(cosines: Iterable[torch.Tensor]) -> dict[str, float]:

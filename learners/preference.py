@@ -75,7 +75,7 @@ class PreferenceLearner:
         self._base_hash = base_hash
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = adapters.parameters(policy.module)
-        self._penalty = (
+        self.penalty = (  # public: benchmarks time it alone
             AdapterPenalty(policy.module, capability, vector)
             if capability is not None and capability.weight and vector is not None
             else None
@@ -217,8 +217,8 @@ class PreferenceLearner:
             with self._forward():
                 metrics = accumulate_gradients(draw, self._pool, part)
             self._beta = part.first_beta
-            if self._penalty is not None:
-                metrics |= self._penalty.add_gradients()
+            if self.penalty is not None:
+                metrics |= self.penalty.add_gradients()
             norm = torch.nn.utils.clip_grad_norm_(parameters, part.grad_clip).item()
             metrics["grad_norm"] = norm
             history.append(metrics)
@@ -261,7 +261,7 @@ class PreferenceLearner:
     def _said(self, *, measured: bool) -> dict[str, float]:
         """What was calibrated, and how the adapter lies to a capability vector, for a report."""
         spread = self._spread.metrics(self._recipe) if self._spread is not None and measured else {}
-        lies = {} if self._penalty is None else self._penalty.lie()
+        lies = {} if self.penalty is None else self.penalty.lie()
         return (self._calibration or {}) | spread | lies
 
     @contextmanager

@@ -14,7 +14,7 @@ Letters: m rows and n columns of a weight, r and q ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,7 @@ class Rescaled:
         """||this||^2."""
         scales, mixed, added = self._rows()
         parts = (scales - 1) ** 2 * self.squares + 2 * (scales - 1) * scales * mixed + scales**2 * added
-        return parts.sum(dim=-1)
+        return parts.sum(dim=-1).clamp_min(0.0)  # three terms that cancel while little has changed
 
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """By row: c_i, <W_i, (B A)_i> and ||(B A)_i||^2."""
@@ -172,22 +172,108 @@ def elementwise_penalty(gamma: Mapping[str, torch.Tensor], delta: Mapping[str, t
     return total
 
 
-def elementwise_and_gradient(gamma: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 7 of one dense weight, and its gradient in delta (0 where delta is 0), without a graph: for every weight of a
-    network that would cost more than the arithmetic."""
-    weights = gamma.abs()
-    return torch.vdot(weights.flatten(), delta.abs().flatten()), weights.mul_(delta.sign())
+def add_elementwise_gradient(
+    gradient: torch.Tensor, gamma: torch.Tensor, delta: torch.Tensor, *, weight: float
+) -> torch.Tensor:
+    """Eq. 7 of one dense weight, float32; adds `weight` times its gradient in delta (0 where delta is 0) to `gradient`.
+    Without a graph: for every weight of a network that would cost more than the arithmetic."""
+    products = gamma * delta
+    value = products.abs().sum(dtype=torch.float32)
+    gradient.addcmul_(gamma, products.sign_(), value=weight)
+    return value
 
 
-def squared_cosine_and_gradient(
-    gamma: torch.Tensor, delta: torch.Tensor, *, squares: torch.Tensor, floor: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`squared_cosine` of dense weights, and its gradient in delta, likewise; `squares` is ||gamma||^2."""
+def add_squared_cosine_gradient(
+    gradient: torch.Tensor,
+    gamma: torch.Tensor,
+    delta: torch.Tensor,
+    *,
+    squares: torch.Tensor,
+    floor: float,
+    weight: float,
+) -> torch.Tensor:
+    """`squared_cosine` of dense weights, float32, adding its gradient likewise; `squares` is ||gamma||^2."""
     one, other = gamma.flatten(), delta.flatten()
-    product = torch.vdot(one, other)
-    scale = squares * (torch.vdot(other, other) + floor**2 * squares) + _TINY**2
+    slope = _slope(torch.vdot(one, other).float(), torch.vdot(other, other).float(), squares, floor)
+    gradient.addcmul_(gamma, slope.by_product.to(gamma.dtype), value=weight)
+    gradient.addcmul_(delta, slope.by_square.to(delta.dtype), value=2 * weight)
+    return slope.value
+
+
+def low_rank_gradients(
+    gamma: torch.Tensor, low: LowRank, *, squares: torch.Tensor, floor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`squared_cosine` of dense gammas [G, m, n] and a stack of products, [G], and its gradients in the factors.
+    Without a graph: two passes over gamma, and nothing else of its size."""
+    left, right = low.left, low.right
+    seen = _thin(gamma, right)
+    left_gram, right_gram = left.mT @ left, right @ right.mT
+    product = (left * seen).sum(dim=(-2, -1))
+    slope = _slope(product, (left_gram * right_gram).sum(dim=(-2, -1)), squares, floor)
+    by_product, by_square = slope.by_product[:, None, None], 2 * slope.by_square[:, None, None]
+    return (
+        slope.value,
+        by_product * seen + by_square * (left @ right_gram),
+        by_product * _thin_rows(left, gamma) + by_square * (left_gram @ right),
+    )
+
+
+def rescaled_gradients(
+    gamma: torch.Tensor,
+    change: Rescaled,
+    *,
+    squares: torch.Tensor,
+    floor: float,
+    times_base: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `low_rank_gradients` of DoRA's change: the value, and gradients in the two factors and the magnitude.
+    `times_base` multiplies [G, r, m] by the weights W, [G, r, n]."""
+    left, right, along = change.low.left, change.low.right, change.along
+    seen, right_gram = _thin(gamma, right), right @ right.mT
+    scales, mixed, added = change._rows()
+    beside = scales - 1
+    inner_rows = (left * seen).sum(dim=-1)
+    product = (beside * along + scales * inner_rows).sum(dim=-1)
+    slope = _slope(product, change.squared_norm(), squares, floor)
+    by_product, by_square = slope.by_product[:, None], 2 * slope.by_square[:, None]
+    # d product / d c_i and, halved, d ||change||^2 / d c_i; c_i is m_i over a constant.
+    by_scale = by_product * (along + inner_rows) + by_square * (
+        beside * change.squares + (2 * scales - 1) * mixed + scales * added
+    )
+    of_gamma, of_base, of_low = by_product * scales, by_square * beside * scales, by_square * scales**2
+    left_gradient = (
+        of_gamma[..., None] * seen
+        + of_base[..., None] * change.projected
+        + of_low[..., None] * (left @ right_gram)
+    )
+    right_gradient = (
+        _thin_rows(of_gamma[..., None] * left, gamma)
+        + times_base((of_base[..., None] * left).mT)
+        + (left.mT @ (of_low[..., None] * left)) @ right
+    )
+    return slope.value, left_gradient, right_gradient, by_scale * scales / change.magnitude
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Slope:
+    """A squared cosine, and its derivatives in what it is made of."""
+
+    value: torch.Tensor
+    by_product: torch.Tensor
+    """In <gamma, delta>."""
+    by_square: torch.Tensor
+    """In ||delta||^2."""
+
+
+def _slope(product: torch.Tensor, norm: torch.Tensor, squares: torch.Tensor, floor: float) -> _Slope:
+    scale = squares * (norm + floor**2 * squares) + _TINY**2
     value = product.square() / scale
-    return value, (gamma * (2 * product / scale)).sub_(delta * (2 * value * squares / scale))
+    return _Slope(value=value, by_product=2 * product / scale, by_square=-value * squares / scale)
+
+
+def _thin_rows(left: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """left^T @ dense, [..., r, n], a product of the dense matrix's dtype."""
+    return (left.mT.to(dense.dtype) @ dense).to(left.dtype)
 
 
 def _shared(gamma: Mapping[str, Matrix], delta: Mapping[str, Matrix]) -> list[str]:

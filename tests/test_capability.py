@@ -175,9 +175,31 @@ def test_a_manifest_that_does_not_speak_of_its_tensors_is_refused(
     base, sft, aux = trio
     extract(base, sft=sft, aux=aux, out=tmp_path / "gamma")
     file = tmp_path / "gamma" / "capability.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers": {}}))
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"layers": {}}))
     with pytest.raises(CapabilityError, match=r"capability.json and its tensors disagree about decoder.norm"):
         merge(base, tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
+    layer = next(iter(written["layers"]))
+    for odd, said in (
+        ({"base_hash": 5}, "base_hash: Input should be a valid string"),
+        ({"gamma_hash": None}, "gamma_hash: Input should be a valid string"),
+        ({"init_states": None}, "init_states: Input should be"),
+        ({"init_states": "x"}, "init_states: "),
+        ({"init_states": [{}]}, "init_states.0: Input should be a valid integer"),
+        (
+            {"layers": {layer: {"gamma_norm": "x", "sft_norm": 1.0, "inner": 0.0}}},
+            "gamma_norm: Input should be",
+        ),
+        ({"layers": 3}, "layers: Input should be"),
+    ):
+        file.write_text(json.dumps(written | odd))
+        with pytest.raises(CapabilityError, match="is not a capability vector's") as refused:
+            merge(base, tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
+        assert said in str(refused.value)
+    for text in (b"\xff\xfe", b"[" * 100_000, b"[]", json.dumps(written).encode()[:-1]):
+        file.write_bytes(text)
+        with pytest.raises(CapabilityError, match="is not a capability vector's"):
+            merge(base, tmp_path / "gamma", alpha=1, out=tmp_path / "merged")
 
 
 def test_states_seen_are_those_of_all_ancestors(tmp_path: Path) -> None:

@@ -229,6 +229,13 @@ def test_a_capability_vector_is_extracted_and_merged_and_another_base_refused(tm
     lonely = invoke("capability", "train", "--vector", gamma)
     assert lonely.exit_code == 2
     assert lonely.stderr == "pairloom: capability train needs --init, the weights to fine-tune\n"
+    of_nothing = invoke("capability", "train", "--init", sft, "--alpha", "3")
+    assert of_nothing.stderr == "pairloom: --alpha 3 without --vector: name the vector that it is of\n"
+    no_number = invoke("capability", "train", "--init", base, "--vector", gamma, "--alpha", "nan")
+    assert (no_number.exit_code, no_number.stderr) == (
+        2,
+        "pairloom: alpha is nan, expected a finite number; the paper's is 1.1\n",
+    )
     strange = invoke("capability", "train", "--vector", gamma, "--init", sft)
     assert strange.exit_code == 2
     assert "was extracted from the base" in strange.stderr

@@ -12,6 +12,8 @@ from objectives.orthogonal import (
     cosine_penalty,
     elementwise_penalty,
     inner,
+    low_rank_gradients,
+    rescaled_gradients,
     squared_cosine,
     squared_norm,
 )
@@ -121,6 +123,45 @@ def test_dora_s_change_is_never_multiplied_out_and_is_the_dense_one() -> None:
     torch.testing.assert_close(squared_norm(change), expected.square().sum())
     with pytest.raises(TypeError, match="with a dense matrix only"):
         inner(change, low)
+
+
+def stacked_change(kind: str, weights: torch.Tensor, gamma: torch.Tensor) -> LowRank | Rescaled:
+    """Of two weights [2, 5, 6], with a gradient in each of its parts."""
+    generator = torch.Generator().manual_seed(4)
+    left, right, spread = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 5, 3), (2, 3, 6), (2, 5))
+    )
+    low = LowRank(left=left, right=right)
+    if kind == "lora":
+        return low
+    return Rescaled(
+        low=low,
+        magnitude=(weights.norm(dim=-1) + 0.1 * spread).detach().requires_grad_(),
+        projected=weights @ right.mT,
+        squares=weights.square().sum(dim=-1),
+        along=(gamma * weights).sum(dim=-1),
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_gradients_of_an_adapter_s_change_without_a_graph_are_those_with_one(kind: str, floor: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    gamma, weights = (torch.randn(2, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    change, squares = stacked_change(kind, weights, gamma), gamma.square().sum(dim=(-2, -1))
+    expected = squared_cosine(gamma, change, floor=floor, squares=squares)
+    if isinstance(change, LowRank):
+        parts = [change.left, change.right]
+        value, *found = low_rank_gradients(gamma, change, squares=squares, floor=floor)
+    else:
+        parts = [change.low.left, change.low.right, change.magnitude]
+        value, *found = rescaled_gradients(
+            gamma, change, squares=squares, floor=floor, times_base=lambda rows: rows @ weights
+        )
+    torch.testing.assert_close(value, expected)
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), parts), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lora"])

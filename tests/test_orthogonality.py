@@ -153,10 +153,29 @@ def test_an_adapter_s_penalty_is_that_of_its_merged_weights(method: str) -> None
     expected = torch.stack(cosines).mean()
     torch.testing.assert_close(penalty.value(), expected, rtol=1e-5, atol=1e-7)
     own = list(adapters.parameters(policy.module).values())
-    for one, other in zip(
-        torch.autograd.grad(penalty.value(), own), torch.autograd.grad(expected, own), strict=True
-    ):
+    by_graph = torch.autograd.grad(penalty.value(), own)
+    for one, other in zip(by_graph, torch.autograd.grad(expected, own), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    own[0].grad = torch.ones_like(own[0])
+    assert penalty.add_gradients()["orthogonal_penalty"] == pytest.approx(penalty.value().item(), rel=1e-5)
+    own[0].grad -= 1
+    for parameter, other in zip(own, by_graph, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, COSINE.weight * other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [ELEMENTWISE, COSINE], ids=["elementwise", "cosine"])
+def test_in_bfloat16_the_sum_over_many_weights_does_not_stall(part: CapabilityPart) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.ParameterList(torch.randn(32, 32, generator=generator).bfloat16() for _ in range(300))
+    gamma = {str(i): np.full((32, 32), 0.05, np.float32) for i in range(300)}
+    penalty = FullPenalty(module, part, gamma)
+    with torch.no_grad():
+        for weight in module:
+            weight += 0.1 * torch.randn(32, 32, generator=generator).bfloat16()
+    said = penalty.add_gradients()["orthogonal_penalty"]
+    assert said == pytest.approx(penalty.value().item(), rel=2e-2)
+    assert all(weight.grad.any() for weight in module)
 
 
 def test_a_round_s_update_is_held_apart_too() -> None:

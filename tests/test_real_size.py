@@ -131,6 +131,6 @@ def test_what_is_measured_runs_at_tiny_size(name: str) -> None:
         repeats=1,
     )
     assert found["parameters"] == sum(p.numel() for p in network.parameters())
-    steps = {"step_lora", "step_lora-apart", "step_dora"}
+    steps = {"step_lora", "step_lora-apart", "penalty_lora-apart", "step_dora"}
     assert set(found) == {"parameters", "act_1", "score_1", "act_2", "score_2", *steps}
     assert all(found[key]["ms"] > 0 for key in found if key != "parameters")

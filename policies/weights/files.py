@@ -20,7 +20,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file.parent} has no {file.name}; expected a checkpoint folder as on the Hub")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
