@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -55,11 +56,17 @@ class Pulse:
 
     def _serving(self) -> list[dict[str, Any]]:
         """What the policy actors answered to the last beat's question: nobody waits for one that is restarting."""
-        said = []
-        for ref in self._asked:
-            try:
-                said += [ray.get(ref, timeout=0)]
-            except RayError:
-                continue
+        said = answers(self._asked)
         self._asked = [policy.serving.remote() for policy in self._crew.policies]
-        return [{"actor": actor, **answer} for actor, answer in enumerate(said) if answer]
+        return [{"actor": actor, **answer} for actor, answer in said.items() if answer]
+
+
+def answers(asked: Sequence[ray.ObjectRef]) -> dict[int, dict[str, Any]]:
+    """What has been answered so far, by the place of the question; one that failed counts as not answered."""
+    said = {}
+    for place, ref in enumerate(asked):
+        try:
+            said[place] = ray.get(ref, timeout=0)
+        except RayError:
+            continue
+    return said
