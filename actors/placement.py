@@ -29,6 +29,8 @@ LIVE_VERSIONS = 3
 
 PLACEMENT_DEADLINE_S = 600.0
 """How long actors may take to find a place and start."""
+AUTH_MODES = ("token", "disabled")
+NAMED_ADDRESSES = ("auto", "local")
 LISTENER_S = 10.0
 """How long the head of a cluster may take to accept a connection."""
 SAY_EVERY_S = 10.0
@@ -49,38 +51,56 @@ def connect(*, weight_bytes: int = 0) -> None:
     """Join the cluster this process was submitted to, or start a local one whose object store has room for the versions
     of a policy of `weight_bytes` that exist at once.
 
-    Raises PlacementError when there is none, or it refuses the token.
+    Raises PlacementError when there is none, it refuses the token, or the environment does not say how to join it.
 
     The working directory is not set here: under `ray job submit --working-dir .` Ray has set it, and setting it
     twice fails.
     """
+    check_auth_mode(os.environ["RAY_AUTH_MODE"])
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         options |= {
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES + LIVE_VERSIONS * weight_bytes,
         }
     else:
-        _require_listener(os.environ["RAY_ADDRESS"])
+        require_listener(os.environ["RAY_ADDRESS"])
     try:
         ray.init(**options)
     except (AuthenticationError, ConnectionError) as error:
-        where = os.environ.get("RAY_ADDRESS", "this machine")
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = os.environ.get("RAY_ADDRESS") or "this machine"
+        # Ray's own words on tokens go on with a page of advice.
+        said = error.message if isinstance(error, AuthenticationError) else str(error)
+        why = next((line for line in said.splitlines() if line.strip()), type(error).__name__)
         raise PlacementError(
-            f"cannot join the Ray cluster on {where}: {why}; see that it is up (`ray status`), and that RAY_AUTH_MODE "
-            "and the token in ~/.ray/auth_token are its own"
+            f"cannot join the Ray cluster on {where}: {why.rstrip('.')}; see that it is up (`ray status`), and that "
+            "RAY_AUTH_MODE and the token in RAY_AUTH_TOKEN, or else in ~/.ray/auth_token, are its own"
         ) from error
 
 
-def _require_listener(address: str) -> None:
-    """Raise PlacementError where nothing listens at a host and port: Ray itself would try for minutes."""
+def check_auth_mode(mode: str) -> None:
+    """Raise PlacementError for a RAY_AUTH_MODE that Ray does not know: it would take no tokens, and say nothing."""
+    if mode not in AUTH_MODES:
+        raise PlacementError(
+            f"RAY_AUTH_MODE is {mode!r}, expected {' or '.join(AUTH_MODES)}; set it to token, or unset it, which is "
+            "the same"
+        )
+
+
+def require_listener(address: str) -> None:
+    """Raise PlacementError for an address that is none, and where nothing listens at a host and port: Ray itself would
+    try for minutes."""
+    if address in NAMED_ADDRESSES:
+        return
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return  # `auto`, say
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise PlacementError(
+            f"RAY_ADDRESS is {address!r}, expected {' or '.join(NAMED_ADDRESSES)} or the host:port of a cluster's "
+            "head, such as 10.0.0.1:6379; unset it to run on this machine alone"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_S).close()
     except OSError as error:

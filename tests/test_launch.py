@@ -20,6 +20,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from actors.placement import PlacementError, require_listener
 from launch import app
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,51 @@ def test_a_cluster_that_is_not_there_is_one_line_at_once(monkeypatch: pytest.Mon
     )
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 100  # most of it imports; Ray alone tries for minutes
+
+
+@pytest.mark.parametrize("address", ["nonsense", ":6379", "127.0.0.1:66666"])
+def test_an_address_that_is_none_is_one_line(address: str) -> None:
+    with pytest.raises(PlacementError) as refused:
+        require_listener(address)
+    assert str(refused.value) == (
+        f"RAY_ADDRESS is {address!r}, expected auto or local or the host:port of a cluster's head, such as "
+        "10.0.0.1:6379; unset it to run on this machine alone"
+    )
+
+
+@pytest.mark.parametrize("mode", ["tokn", ""])
+def test_a_mode_of_authentication_that_ray_does_not_know_is_refused(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself takes it for `disabled`."""
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    done = invoke("train", str(ROOT / "configs" / "quickstart.yaml"), f"root={tmp_path}")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"pairloom: RAY_AUTH_MODE is {mode!r}, expected token or disabled; set it to token, or unset it, which is the "
+        "same"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_that_demands_a_token_which_is_not_here_says_where_it_goes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listens:
+        address = f"127.0.0.1:{listens.getsockname()[1]}"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-c", "from actors.placement import connect; connect()"],
+            cwd=ROOT,
+            env=environment | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.stderr.splitlines()[-1] == (
+        f"actors.placement.PlacementError: cannot join the Ray cluster on {address}: Token authentication is enabled "
+        "but no authentication token was found; see that it is up (`ray status`), and that RAY_AUTH_MODE and the token "
+        "in RAY_AUTH_TOKEN, or else in ~/.ray/auth_token, are its own"
+    )
 
 
 def test_help_explains_every_field() -> None:
