@@ -10,6 +10,7 @@ GET /api/sheet/ID.jpg     the stills
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import os
 import secrets
@@ -261,6 +262,13 @@ def _listen(host: str, port: int | None) -> socket.socket:
                 (host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET
             )
         except OSError as error:
+            # A name that is not found has a number of the resolver's, below 0.
+            if error.errno is not None and (error.errno < 0 or error.errno == errno.EADDRNOTAVAIL):
+                reason = str(error.strerror).partition(" (while ")[0]
+                raise DashboardError(
+                    f"dashboard host {host}: {reason}; give --host (dashboard.host in a recipe) a name or address of "
+                    "this machine, or leave it at 127.0.0.1"
+                ) from error
             reason = os.strerror(error.errno) if error.errno else str(error)
     what = f"port {port}" if port is not None else f"every port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
     raise DashboardError(

@@ -179,6 +179,21 @@ def test_other_machines_are_let_in_only_with_a_chosen_token(
     open_to_all.stop()
 
 
+@pytest.mark.parametrize("host", ["no.such.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_said_to_be_the_mistake(
+    run: Writer, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "chosen")
+    with pytest.raises(DashboardError) as refused:
+        Dashboard(run.folder, host=host)
+    said = str(refused.value)
+    assert said.startswith(f"dashboard host {host}: ")
+    assert "Unknown error" not in said
+    assert said.endswith(
+        "; give --host (dashboard.host in a recipe) a name or address of this machine, or leave it at 127.0.0.1"
+    )
+
+
 def test_tokens_are_new_each_time(run: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     pages = [Dashboard(run.folder) for _ in range(2)]
