@@ -42,7 +42,7 @@ from actors.learning import (
     take_up,
 )
 from actors.placement import check_fits, connect
-from actors.run_folder import RunFolder, report_early_end, serve_page
+from actors.run_folder import OWN_RUN, RunFolder, check_writable, report_early_end, serve_page
 from actors.stages import Outcomes, drive, record_stack, take_fingerprint, take_recorded, trial
 from actors.trackers import check_tracking
 from configs.loader import load_recipe
@@ -60,8 +60,8 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
 
     Returns the result that is also written to `result.json`. Before any actor starts, raises PlacementError when the
     cluster is too small, PublishedError for published weights that do not fit, RecipeError, CheckpointError or
-    FingerprintError for a start that is missing, damaged or of another world, NoExpertError for a task that nothing can
-    demonstrate, and FileNotFoundError for missing assets.
+    FingerprintError for a start that is missing, damaged or of another world, RecipeError for a folder that cannot be
+    written, NoExpertError for a task that nothing can demonstrate, and FileNotFoundError for missing assets.
     """
     started = time.monotonic()
     check_tracking(recipe.tracking)
@@ -71,6 +71,10 @@ def train(recipe: Recipe, *, resume: Path | None = None) -> dict[str, Any]:
         check_start(Path(recipe.start), recipe, assets)
     elif recipe.demonstrated:
         require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
+    if resume is None:
+        check_writable(Path(recipe.root))
+    else:
+        check_writable(resume, remedy=OWN_RUN)
     connect(weight_bytes=size)
     check_fits(rollouts=recipe.rollouts, serving=recipe.serving, learner=recipe.learner)
     folder = RunFolder.create(recipe) if resume is None else RunFolder.resume(resume, recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from actors.trackers import Trackers, check_tracking, start_trackers
-from configs.loader import dump_recipe
+from configs.loader import RecipeError, dump_recipe
 from configs.operation import PagePart
 from configs.schema import Recipe
 from dashboard.report import write_report
@@ -33,6 +34,8 @@ LOCK = "run.lock"
 """Held by the process that a run, or an evaluation of it, goes on in."""
 OWNER_ENDS_S = 10.0
 """How long the process that a run is resumed after may take to end."""
+OWN_RUN = "make it writable for this user, or work on a copy"
+"""What to do about a run's folder that cannot be written; see `check_writable`."""
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines when the output is not a terminal (`ray job submit`, CI)."""
 
@@ -204,6 +207,16 @@ def progress_bar(label: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console) as progress:
         yield Bar(label, total, progress, progress.add_task(label, total=total, note=""))
+
+
+def check_writable(folder: Path, *, remedy: str = "set root to a folder that can be written") -> None:
+    """Make a folder, unless it is there. Raises RecipeError when that fails, or nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 def report_early_end(run: Path) -> None:

@@ -13,7 +13,7 @@ from actors.crew import Crew
 from actors.demonstrations import demonstrate
 from actors.parameter_server import version_name
 from actors.placement import check_fits, connect
-from actors.run_folder import RunFolder
+from actors.run_folder import OWN_RUN, RunFolder, check_writable
 from actors.stages import Outcomes, drive, take_fingerprint
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
@@ -36,6 +36,7 @@ def collect_demonstrations(recipe: Recipe) -> dict[str, Any]:
     """
     require_experts(recipe.tasks.suite, recipe.tasks.task_ids)
     assets = resolve_assets(recipe.environment.assets)
+    check_writable(Path(recipe.root))
     with _crew(recipe, assets, lambda: RunFolder.create(recipe)) as (crew, folder):
         demos = demonstrate(crew, folder, recipe)
         tried = sum(1 for _ in read_journal(folder.path / "episodes.jsonl"))
@@ -58,7 +59,7 @@ def evaluate_run(
         and the run's.
 
     Raises:
-        RecipeError: no such run, version or manifest.
+        RecipeError: no such run, version or manifest, or the run's folder cannot be written.
         CheckpointError: the weights are damaged, or are not those that the run published.
         FolderLockedError: the run is still going on.
         PublishedError: the checkpoint that the run began with is not there any more.
@@ -72,6 +73,7 @@ def evaluate_run(
     adapter = _adapter(path, version)
     cells = _cells(recipe if tasks is None else _of_tasks(path, tasks, manifest), manifest)
     assets = resolve_assets(recipe.environment.assets)
+    check_writable(path, remedy=OWN_RUN)
     with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=check_served(recipe)) as (
         crew,
         folder,

@@ -83,6 +83,21 @@ def test_a_mistake_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["train", "collect"])
+@pytest.mark.parametrize("root", ["/proc/runs", "/proc"])
+def test_a_root_that_cannot_be_written_is_refused_before_ray_starts(
+    verb: str, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even root can write in /proc. That Ray is not asked shows in its address, which would be refused."""
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    done = invoke(verb, str(ROOT / "configs" / "quickstart.yaml"), f"root={root}")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"pairloom: {root} cannot be written (No such file or directory); set root to a folder that can be written"
+    )
+
+
 def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
     shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / "recipe.yaml")
     (tmp_path / "events.jsonl").write_text("one\ntwo\n")
