@@ -14,7 +14,7 @@ from actors.members import FleetLostError
 from actors.placement import connect
 from actors.rollout import RolloutActor, Rollouts
 from configs.operation import DeadlinePart
-from configs.world import EnvironmentPart
+from configs.world import DemonstrationPart, EnvironmentPart
 from envs.assets import resolve_assets
 from trajectories.records import Cell
 
@@ -28,6 +28,12 @@ def cell(state: int) -> Cell:
 
 def first_frame(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
     return actor.first_frame.options(num_returns=2).remote(cell)
+
+
+def demonstration(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
+    """Resets, draws and steps."""
+    part = DemonstrationPart()
+    return actor.demonstration.options(num_returns=2).remote(cell, part=part, chunk=8, depth=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,19 +76,21 @@ def test_a_step_that_hangs_is_ended_at_its_deadline_and_its_cell_is_run_again(tm
     ray.kill(actor)
 
 
-def test_real_simulator_calls_have_their_deadlines() -> None:
-    """No reset ends within a millisecond: the cell is given up after three tries, with the reason on record."""
+@pytest.mark.parametrize("call", ["reset", "step", "render"])
+def test_real_simulator_calls_have_their_deadlines(call: str) -> None:
+    """None ends within ten microseconds: the cell is given up after three tries, with the reason on record."""
     events: list[dict[str, Any]] = []
+    deadlines = DeadlinePart.model_validate({f"{call}_s": 1e-5})
     actor = RolloutActor.options(num_cpus=0.1, max_restarts=-1).remote(
-        environment=SMALL, assets=resolve_assets(None), num_envs=1, deadlines=DeadlinePart(reset_s=0.001)
+        environment=SMALL, assets=resolve_assets(None), num_envs=1, deadlines=deadlines
     )
     fleet = Fleet([actor], slots=1, timeout_s=600.0, on_event=events.append)
-    assert list(fleet.run([cell(0)], first_frame)) == []
+    assert list(fleet.run([cell(0)], demonstration)) == []
     assert [e["cell"] for e in events if e["event"] == "quarantined"] == [cell(0).key]
     fleet.members.greet()
     words = [e["reason"] for e in events if e["event"] == "last_words"]
     assert words
-    assert all(text.startswith("during reset of at most 0.001 s: Timeout") for text in words)
+    assert all(text.startswith(f"during {call} of at most 1e-05 s: Timeout") for text in words)
     ray.kill(actor)
 
 

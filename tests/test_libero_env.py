@@ -9,8 +9,8 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,40 @@ def test_gymnasium_checker_passes(env: LiberoEnv) -> None:
     assert env.observation_space["agentview"].shape == (SIDE, SIDE, 3)
     assert env.observation_space["proprio"].shape == (8,)
     assert env.action_space.shape == (7,)
+
+
+def test_what_the_simulator_does_is_done_within_its_deadlines() -> None:
+    now, ticks = [""], []
+
+    @contextmanager
+    def within(call: str) -> Iterator[None]:
+        now[0] = call
+        yield
+        ticks.append(call)
+        now[0] = ""
+
+    environment = EnvironmentPart(image_size=32, geometry="collision")
+    built = LiberoEnv(suite="libero_object", task_id=0, environment=environment, within=within)
+    assert ticks == ["reset"]
+    built._control.step, stepped = _noted(built._control.step, now)
+    built._renderer.render, drawn = _noted(built._renderer.render, now)
+    built.reset(seed=0)
+    assert (set(stepped), drawn) == ({"reset"}, ["render"])
+    stepped.clear()
+    built.step(np.zeros(7))
+    assert (set(stepped), drawn) == ({"step"}, ["render", "render"])
+    built.close()
+
+
+def _noted(call: Callable[..., Any], now: list[str]) -> tuple[Callable[..., Any], list[str]]:
+    """The same call, and a list of what it was made within each time."""
+    seen: list[str] = []
+
+    def noting(*arguments: Any, **named: Any) -> Any:
+        seen.append(now[0])
+        return call(*arguments, **named)
+
+    return noting, seen
 
 
 def test_chunk_equals_single_steps(env: LiberoEnv) -> None:
