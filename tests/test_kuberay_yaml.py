@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import shlex
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import validate_config
+from ray.scripts.scripts import cli
 
 from actors.placement import PlacementError, check_packs, learner_ask, rollout_ask, serving_ask
 from configs.loader import load_recipe
@@ -176,6 +179,39 @@ def test_simulators_run_on_spot_nodes_and_the_learner_does_not(cluster: dict[str
     assert tolerated["simulators"] == {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
     assert tolerated["gpu"] == {"nvidia.com/gpu"}
     assert tolerated["head"] == set()
+
+
+def test_simulators_prefer_spot_nodes_and_do_without(cluster: dict[str, Any]) -> None:
+    affinity = {name: pod(group).get("affinity") for name, group in groups(cluster).items()}
+    assert (affinity["head"], affinity["gpu"]) == (None, None)
+    (rule,) = affinity["simulators"]["nodeAffinity"].items()
+    assert rule[0] == "preferredDuringSchedulingIgnoredDuringExecution"
+    wanted = [entry["preference"]["matchExpressions"] for entry in rule[1]]
+    assert {(e["key"], e["operator"], *e["values"]) for (e,) in wanted} == {
+        ("cloud.google.com/gke-spot", "In", "true"),
+        ("kubernetes.azure.com/scalesetpriority", "In", "spot"),
+        ("eks.amazonaws.com/capacityType", "In", "SPOT"),
+        ("karpenter.sh/capacity-type", "In", "spot"),
+    }
+
+
+def test_a_simulator_pod_tells_ray_before_it_ends(cluster: dict[str, Any]) -> None:
+    hooks = {name: container(group).get("lifecycle") for name, group in groups(cluster).items()}
+    assert (hooks["head"], hooks["gpu"]) == (None, None)
+    *shell, script = hooks["simulators"]["preStop"]["exec"]["command"]
+    assert shell == ["/bin/sh", "-c"]
+    subprocess.run(["/bin/sh", "-n", "-c", script], check=True)
+    notice, _, wait = script.partition(" > /dev/null 2>&1; ")
+    timeout, seconds, ray, command, *options = shlex.split(notice)
+    assert (timeout, ray, command) == ("timeout", "ray", "drain-node")
+    # What this Ray does not know is refused when it is parsed.
+    asked = cli.commands[command].make_context(command, options).params
+    assert asked["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    assert asked["node_id"] is None
+    grace = pod(groups(cluster)["simulators"])["terminationGracePeriodSeconds"]
+    assert asked["deadline_remaining_seconds"] <= grace
+    assert int(seconds) < grace
+    assert wait == "sleep 20"
 
 
 def nodes(cluster: dict[str, Any], *, up: dict[str, int]) -> list[dict[str, float]]:
