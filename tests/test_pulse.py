@@ -1,14 +1,19 @@
-"""The pulse of a sweep names the actors that answered, whichever did not."""
+"""The pulse of a sweep beats whether episodes end or not, and names the actors that answered, whichever did not."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from actors import pulse
+from actors.crew import Crew
 from actors.placement import connect
-from actors.pulse import answers
+from actors.pulse import Pulse, answers
+from actors.run_folder import RunFolder
+from trajectories.journal import read_journal
 
 pytestmark = pytest.mark.ray
 
@@ -35,3 +40,24 @@ def test_an_actor_that_does_not_answer_leaves_the_others_their_places() -> None:
     assert answers([dead, *asked[1:]]) == {1: {"version": 5}, 2: {"version": 6}}
     for actor in actors[1:]:
         ray.kill(actor)
+
+
+def test_a_beat_is_due_when_nothing_ends_and_not_before_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect()
+    crew = Crew()
+    beats = Pulse(crew, RunFolder(tmp_path), 0)
+    monkeypatch.setattr(pulse, "BEAT_S", 3600.0)
+    beats.due()
+    assert not list(read_journal(tmp_path / "metrics.jsonl"))
+    beats.count(30)
+    monkeypatch.setattr(pulse, "BEAT_S", 0.0)
+    beats.due()
+    monkeypatch.setattr(pulse, "WINDOW_S", 1e-9)
+    beats.due()
+    lines = list(read_journal(tmp_path / "metrics.jsonl"))
+    assert [line["stage"] for line in lines] == ["fleet", "fleet"]
+    assert lines[0]["env_steps_per_s"] > 0
+    assert (lines[1]["env_steps_per_s"], lines[1]["episodes_per_s"]) == (0.0, 0.0)
+    crew.dismiss()
