@@ -74,10 +74,8 @@ def evaluate_run(
     cells = _cells(recipe if tasks is None else _of_tasks(path, tasks, manifest), manifest)
     assets = resolve_assets(recipe.environment.assets)
     check_writable(path, remedy=OWN_RUN)
-    with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=check_served(recipe)) as (
-        crew,
-        folder,
-    ):
+    size = check_served(recipe)
+    with _crew(recipe, assets, lambda: RunFolder.open(path), weight_bytes=size) as (crew, folder):
         stack = take_fingerprint(crew, recipe.tasks, assets=assets, environment=recipe.environment)
         warnings = _differences_from(path, stack)
         _start_serving(crew, folder, recipe, start)
