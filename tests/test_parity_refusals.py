@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from policies.parity.check import check_fixture
-from policies.parity.fixture import Comparison, Fixture, FixtureError, load_fixture
+from policies.parity.check import FAMILIES, check_fixture
+from policies.parity.fixture import Comparison, Family, Fixture, FixtureError, Outputs, load_fixture
 from policies.weights.adapter_files import adapter_from_peft
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +78,29 @@ def test_openpis_names_of_sizes_are_read() -> None:
         "pi05_tiny", settings={"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
     )
     refused(both, r"has shape \[64, 32\], expected \[2048, 32\]")
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "size", "message"),
+    [
+        ("vision_config", "patch_size", 0, "vision.patch is 0"),
+        ("vision_config", "num_attention_heads", 0, "vision.heads is 0"),
+        ("action_expert_variant", "num_kv_heads", 0, "expert.kv_heads is 0"),
+        ("paligemma_variant", "num_kv_heads", -1, "vlm.kv_heads is -1"),
+        ("paligemma_variant", "depth", "3", "vlm.depth is '3'"),
+    ],
+)
+def test_sizes_of_nothing_are_refused(setting: str, key: str, size: object, message: str) -> None:
+    fixture = golden("pi05_tiny")
+    fixture.config[setting][key] = size
+    refused(fixture, f"{message}, expected a whole number of 1 or more")
+
+
+def test_a_vocabulary_beyond_every_integer_is_refused_without_a_stack() -> None:
+    with pytest.raises(FixtureError, match="do not fit the family 'openpi'") as caught:
+        failures(golden("pi05_tiny", settings={"vocab_size": 10**30}))
+    assert "Overflow" in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_prompt_outside_the_vocabulary_is_refused() -> None:
@@ -208,6 +231,14 @@ def test_masks_of_integers_are_read_and_of_another_shape_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("beta", ["0", "-0.1", "nan", "inf"])
+def test_a_beta_that_is_none_is_refused(beta: str) -> None:
+    name = f"trl1.16.0/ipo/beta{beta}/ls0.0/losses"
+    refused(
+        golden("dpo", expected={name: torch.zeros(12)}), f"beta is {beta} in {name}, expected a finite number"
+    )
+
+
 # Adapters
 
 
@@ -229,6 +260,22 @@ def test_adapters_that_cannot_be_read_are_refused() -> None:
         golden("dora_merge", settings={"adapters": {"lora": {"r": 0, "lora_alpha": 8}}}),
         "adapter 'lora': the adapter's r is 0, expected 1 or more",
     )
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads"])
+def test_a_decoder_without_heads_is_refused(key: str) -> None:
+    fixture = golden("dora_merge")
+    fixture.config["llama_config"][key] = 0
+    refused(fixture, rf"llama_config\.{key} is 0, expected a whole number of 1 or more")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, AssertionError])
+def test_whatever_breaks_is_one_line(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(fixture: Fixture) -> Outputs:
+        raise error("first\nsecond")
+
+    monkeypatch.setitem(FAMILIES, "flow_sde", Family(compute=broken))
+    refused(stepped(), f"steps: .* do not fit the family 'flow_sde': {error.__name__}: first second")
 
 
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])

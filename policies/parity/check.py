@@ -65,15 +65,21 @@ def _computed(family: Family, fixture: Fixture) -> tuple[Outputs, tuple[str, ...
         with torch.random.fork_rng(devices=[]):
             return family.compute(fixture), family.required + family.required_by(fixture)
     except ValueError as error:
-        text = " ".join(str(error).split())
+        text = _one_line(error)
         prefix = "" if str(fixture.folder) in text else f"{fixture.folder}: "
         raise FixtureError(prefix + text) from error
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        # What is on the disk was written by others; whatever it breaks, the other folders are still to be compared.
+    except Exception as error:
+        # What is on the disk was written by others; whatever it breaks (a division by a size of nothing, memory that
+        # there is not, an assertion of torch's), the other folders are still to be compared.
         raise FixtureError(
             f"{fixture.folder}: config.json, inputs or expected tensors do not fit the family "
-            f"{fixture.config['family']!r}: {type(error).__name__}: {' '.join(str(error).split())}"
+            f"{fixture.config['family']!r}: {type(error).__name__}: {_one_line(error)}"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What it says, without the C++ stack that torch may append."""
+    return " ".join(str(error).split("Exception raised from")[0].split())
 
 
 def _family(fixture: Fixture) -> Family:

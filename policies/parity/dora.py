@@ -17,6 +17,14 @@ from policies.weights.adapter_files import adapter_from_peft
 from policies.weights.snapshots import state_tensors
 
 _DECODER = "model"
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 _SAVED_AS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector.weight"}
 
 
@@ -97,7 +105,15 @@ def _training(fixture: Fixture, network: LlamaForCausalLM) -> dict[str, Output]:
 
 
 def _network(fixture: Fixture, weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
-    config = LlamaConfig(**fixture.setting("llama_config"))
+    given = fixture.setting("llama_config")
+    for key in _SIZES:
+        size = given.get(key)
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise FixtureError(
+                f"{fixture.folder / 'config.json'}: llama_config.{key} is {size!r}, "
+                "expected a whole number of 1 or more"
+            )
+    config = LlamaConfig(**given)
     config._attn_implementation = fixture.config.get("attn_implementation", "eager")
     network = LlamaForCausalLM(config).eval()
     own = network.state_dict()

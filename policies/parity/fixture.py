@@ -41,6 +41,15 @@ class Fixture:
             raise FixtureError(f"{self.folder / 'config.json'} lacks {name!r}; it has {sorted(self.config)}")
         return self.config[name]
 
+    def count(self, name: str, default: int) -> int:
+        """An entry of config.json that counts something. Raises FixtureError naming it for what is no count."""
+        count = self.config.get(name, default)
+        if not isinstance(count, int) or count < 1:
+            raise FixtureError(
+                f"{self.folder / 'config.json'}: {name} is {count!r}, expected a whole number of 1 or more"
+            )
+        return count
+
     def input(self, name: str) -> torch.Tensor:
         """A required input. Raises FixtureError naming it."""
         if name not in self.inputs:

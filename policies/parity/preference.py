@@ -6,6 +6,7 @@ Keys are `<source>/<form>/beta<b>/ls<label smoothing>/<what>`, `<source>/beta<b>
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -37,9 +38,9 @@ def _outputs(fixture: Fixture) -> Iterator[tuple[str, Output]]:
             if match["what"] == "grad_policy_token_logps":
                 where = torch.cat([_mask(fixture, side) for side in _SIDES])
         elif match := _METRIC.fullmatch(name):
-            value = _metric(fixture, match["kind"], match["what"], _number(fixture, name, match["beta"]))
+            value = _metric(fixture, match["kind"], match["what"], _beta(fixture, name, match["beta"]))
         elif match := _FLOW.fullmatch(name):
-            beta = _number(fixture, name, match["beta"]) if match["beta"] else None
+            beta = _beta(fixture, name, match["beta"]) if match["beta"] else None
             value = _flow_output(fixture, match["what"], beta)
         else:
             value = None
@@ -56,11 +57,20 @@ def _number(fixture: Fixture, name: str, text: str) -> float:
         ) from error
 
 
+def _beta(fixture: Fixture, name: str, text: str) -> float:
+    beta = _number(fixture, name, text)
+    if not 0 < beta < math.inf:
+        raise FixtureError(
+            f"{fixture.folder / 'expected.safetensors'}: beta is {text} in {name}, expected a finite number above 0"
+        )
+    return beta
+
+
 # Token log-probabilities
 
 
 def _form_output(fixture: Fixture, name: str, match: re.Match[str]) -> torch.Tensor | None:
-    beta, smoothing = (_number(fixture, name, match[key]) for key in ("beta", "smoothing"))
+    beta, smoothing = _beta(fixture, name, match["beta"]), _number(fixture, name, match["smoothing"])
     tokens = {side: _tokens(fixture, side).requires_grad_() for side in _SIDES}
     # From 1.0 on TRL's sigmoid form has no label smoothing; before, it is conservative DPO.
     if match["form"] == "sigmoid" and not match["version"].startswith("0."):

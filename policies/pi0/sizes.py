@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from transformers import GemmaConfig, PaliGemmaConfig, PI0Config
@@ -69,6 +69,7 @@ class Pi0Config:
     def __post_init__(self) -> None:
         if self.adaptive and self.time != "openpi":
             raise ValueError(f"time is {self.time!r}, expected 'openpi': pi-0.5 is not in transformers")
+        self._refuse_what_is_no_size()
         for name in ("depth", "heads", "kv_heads", "head_dim"):
             vlm, expert = getattr(self.vlm, name), getattr(self.expert, name)
             if vlm != expert:
@@ -88,6 +89,16 @@ class Pi0Config:
             raise ValueError(f"vision.image {self.vision.image} is no multiple of patch {self.vision.patch}")
         if self.vision.width % self.vision.heads:
             raise ValueError(f"vision.width {self.vision.width} is no multiple of heads {self.vision.heads}")
+
+    def _refuse_what_is_no_size(self) -> None:
+        parts = (("vision.", self.vision), ("vlm.", self.vlm), ("expert.", self.expert))
+        sizes = {
+            f"{of}{field.name}": getattr(part, field.name) for of, part in parts for field in fields(part)
+        }
+        sizes |= {name: getattr(self, name) for name in ("vocab", "horizon", "action_dim", "state_dim")}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}, expected a whole number of 1 or more")
 
 
 SO400M = VisionSize(width=1152, depth=27, mlp=4304, heads=16, image=224, patch=14)
