@@ -135,6 +135,7 @@ def test_what_is_not_a_fixture_is_refused_by_name(tmp_path: Path) -> None:
         (Output(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.00005]), 5e-5, True),
         (Output(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.001]), 1e-3, False),
         (Output(torch.tensor([1.0, 2000.0]), relative=1e-3), torch.tensor([1.0, 2001.0]), 1.0, True),
+        (Output(torch.tensor([0.7]), relative=1e-3), torch.tensor([0.7005]), 5e-4, False),
         (Output(torch.tensor([1.5, 2000.0]), relative=1e-3), torch.tensor([1.0, 2001.0]), 1.0, False),
         (
             Output(torch.tensor([9.0, 2.0]), where=torch.tensor([False, True])),

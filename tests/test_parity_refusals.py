@@ -239,6 +239,38 @@ def test_a_beta_that_is_none_is_refused(beta: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trl0.19.1/sigmoid/beta0.5/ls0.0/chosen_rewards", 1e-2),
+        ("trl1.16.0/beta0.5/per_pair_rewards/rejected", 1e-2),
+        ("trl1.16.0/beta0.1/metric/logps/chosen", 1e-2),
+        ("trl1.16.0/sigmoid/beta0.5/ls0.0/grad_policy_token_logps", 2e-4),
+        ("flow_grpo_dpo/theta_mse", 2e-4),
+        ("flow_grpo_dpo/beta5000/inside_term", 0.2),
+        ("trl1.16.0/sigmoid/beta0.1/ls0.0/mean_loss", 2e-2),
+    ],
+)
+def test_what_is_no_large_loss_is_compared_closely(name: str, change: float) -> None:
+    fixture = golden("dpo")
+    fixture.expected[name] = fixture.expected[name] + change
+    assert [failure.name for failure in failures(fixture)] == [name]
+
+
+def test_rewards_go_by_either_name_and_conservative_losses_are_required() -> None:
+    fixture = golden("dpo")
+    of_trl_1 = without(fixture.expected, "trl0")
+    assert [failure.name for failure in failures(replace(fixture, expected=of_trl_1))] == [
+        "trl0*/sigmoid/*/ls*[1-9]*/losses"
+    ]
+    bare = without(of_trl_1, "rewards")
+    missing = [failure.name for failure in failures(replace(fixture, expected=bare))]
+    assert missing[1:] == [
+        "*/chosen_rewards or */per_pair_rewards/chosen",
+        "*/rejected_rewards or */per_pair_rewards/rejected",
+    ]
+
+
 # Adapters
 
 

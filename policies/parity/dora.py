@@ -25,6 +25,8 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
+_RELATIVE = 1e-5
+"""Losses and gradients of tens are right to float32's precision only, of sums over tokens and layers."""
 _SAVED_AS = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector.weight"}
 
 
@@ -97,11 +99,11 @@ def _training(fixture: Fixture, network: LlamaForCausalLM) -> dict[str, Output]:
         loss = _run(fixture, network).loss
         loss.backward()
     gradients = {
-        f"grad/{_saved_name(name)}": Output(parameter.grad, relative=1e-4)
+        f"grad/{_saved_name(name)}": Output(parameter.grad, relative=_RELATIVE)
         for name, parameter in adapters.parameters(network).items()
         if parameter.grad is not None
     }
-    return {"loss": Output(loss, relative=1e-3), **gradients}
+    return {"loss": Output(loss, relative=_RELATIVE), **gradients}
 
 
 def _network(fixture: Fixture, weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:

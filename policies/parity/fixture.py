@@ -81,7 +81,7 @@ class Output:
     where: torch.Tensor | None = None
     """bool, broadcastable to `value`: the places that mean something; none: all of them."""
     relative: float = 0.0
-    """Also passes within this share of the expected value (large losses)."""
+    """Also passes within this share of an expected value of 1 and more (large losses)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ class Family:
     compute: Callable[[Fixture], Outputs]
     """Fixture -> Outputs. Raises ValueError in one line for weights, settings or inputs that do not fit."""
     required: tuple[str, ...] = field(default=())
-    """fnmatch patterns, each of which at least one compared tensor must match."""
+    """fnmatch patterns, each of which at least one compared tensor must match; ` or ` between two of them: either."""
     required_by: Callable[[Fixture], tuple[str, ...]] = _nothing_more
     """Further patterns, which depend on the fixture."""
 

@@ -21,8 +21,14 @@ _FORM = re.compile(
 _METRIC = re.compile(r"trl[\d.]+/beta(?P<beta>[^/]+)/(?P<kind>metric|per_pair_rewards)/(?P<what>[\w/]+)")
 _FLOW = re.compile(r"(?:flow_grpo_dpo|diffusion_dpo)/(?:beta(?P<beta>[^/]+)/)?(?P<what>\w+)")
 _SIDES = ("chosen", "rejected")
-_RELATIVE = 1e-3
+_LOSSES = ("losses", "mean_loss")
+_LOSS_RELATIVE = 1e-3
 """Of large losses: a beta of 5000 on a mean of squares magnifies its last bit."""
+_FLOW_RELATIVE = 1e-4
+"""Of the sigmoid's argument in the flow form: four means of squares, each right to its last bit, magnified by 2500 and
+taken from each other, were up to 6e-5 of it apart from one order of summation to another."""
+_RELATIVE = 1e-6
+"""Of everything else: eight last bits of float32. Rewards and log-probabilities of hundreds are no more exact."""
 
 
 def compute(fixture: Fixture) -> Outputs:
@@ -45,7 +51,13 @@ def _outputs(fixture: Fixture) -> Iterator[tuple[str, Output]]:
         else:
             value = None
         if value is not None:
-            yield name, Output(value, where=where, relative=_RELATIVE)
+            yield name, Output(value, where=where, relative=_relative(name.rpartition("/")[2]))
+
+
+def _relative(what: str) -> float:
+    if what in _LOSSES:
+        return _LOSS_RELATIVE
+    return _FLOW_RELATIVE if what == "inside_term" else _RELATIVE
 
 
 def _number(fixture: Fixture, name: str, text: str) -> float:
@@ -203,8 +215,9 @@ FAMILY = Family(
         "*/sigmoid/*/losses",
         "trl0*/sigmoid/*/ls*[1-9]*/losses",
         "*/ipo/*/losses",
-        "*/chosen_rewards",
-        "*/rejected_rewards",
+        # TRL 1 has the rewards of every pair apart from any loss.
+        "*/chosen_rewards or */per_pair_rewards/chosen",
+        "*/rejected_rewards or */per_pair_rewards/rejected",
         "flow*/beta*/losses",
         "*/inside_term",
     ),
