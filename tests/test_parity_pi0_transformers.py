@@ -39,7 +39,7 @@ def gemma(*, width: int, mlp: int) -> dict[str, object]:
 
 
 @functools.cache
-def official() -> PI0ForConditionalGeneration:
+def official(image: int = 28, reduction: str = "none") -> PI0ForConditionalGeneration:
     config = PI0Config(
         vlm_config={
             "model_type": "paligemma",
@@ -50,7 +50,7 @@ def official() -> PI0ForConditionalGeneration:
                 "intermediate_size": 24,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 2,
-                "image_size": 28,
+                "image_size": image,
                 "patch_size": 14,
                 "vision_use_head": False,
             },
@@ -63,7 +63,7 @@ def official() -> PI0ForConditionalGeneration:
         max_state_dim=STATES,
         max_action_dim=ACTIONS,
         num_inference_steps=7,
-        loss_reduction="none",
+        loss_reduction=reduction,
     )
     torch.manual_seed(11)
     network = PI0ForConditionalGeneration(config).eval()
@@ -73,7 +73,7 @@ def official() -> PI0ForConditionalGeneration:
     return network
 
 
-def inputs() -> dict[str, torch.Tensor]:
+def inputs(image: int = 28) -> dict[str, torch.Tensor]:
     """Two observations: of three cameras and a short prompt, of two and a long one. Image tokens lie in front of the
     text and padding behind it, as transformers' processor puts them."""
     draw = torch.Generator().manual_seed(12)
@@ -87,7 +87,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return {
         "input_ids": ids,
         "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-        "pixel_values": torch.rand(2, 3, 3, 28, 28, generator=draw) * 2 - 1,
+        "pixel_values": torch.rand(2, 3, 3, image, image, generator=draw) * 2 - 1,
         "pixel_attention_mask": cameras,
         "state": torch.randn(2, STATES, generator=draw),
         "noise": torch.randn(2, HORIZON, ACTIONS, generator=draw),
@@ -96,10 +96,16 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def record(
-    folder: Path, *, actions: bool = False, samples: dict[str, int] | None = None, under: str = ""
+    folder: Path,
+    *,
+    actions: bool = False,
+    samples: dict[str, int] | None = None,
+    under: str = "",
+    image: int = 28,
+    reduction: str = "none",
 ) -> Path:
     """A fixture of `forward`, with the loss where there are `actions`, and of `sample_actions` by name and steps."""
-    network, given = official(), inputs()
+    network, given = official(image, reduction), inputs(image)
     if actions:
         given["actions"] = torch.randn(given["noise"].shape, generator=torch.Generator().manual_seed(13))
     network.zero_grad()
@@ -187,6 +193,28 @@ def test_a_mean_of_the_loss_is_read(tmp_path: Path) -> None:
     fixture = load_fixture(record(tmp_path / "one", actions=True))
     fixture.expected["loss"] = fixture.expected["loss"].mean()
     assert check(fixture)["loss"][0]
+
+
+def test_gradients_are_of_the_loss_as_it_is_reduced(tmp_path: Path) -> None:
+    results = check(load_fixture(record(tmp_path / "one", actions=True, reduction="sum")))
+    assert len([name for name in results if name.startswith("grad.")]) == 2
+    assert all(passed for passed, _ in results.values())
+
+
+def test_pixels_beyond_the_last_whole_patch_are_seen_by_none(tmp_path: Path) -> None:
+    fixture = load_fixture(record(tmp_path / "one", actions=True, samples={"sample_actions": 7}, image=30))
+    assert fixture.inputs["pixel_values"].shape[-1] == 30
+    results = check(fixture)
+    assert set(results) == set(fixture.expected)
+    assert all(passed for passed, _ in results.values())
+
+
+@pytest.mark.parametrize("steps", ["10", 0])
+def test_a_number_of_steps_that_is_none_is_refused(tmp_path: Path, steps: object) -> None:
+    fixture = load_fixture(record(tmp_path / "one", samples={"sample_actions": 7}))
+    fixture.config["num_steps"] = steps
+    with pytest.raises(FixtureError, match=f"num_steps is {steps!r}, expected a whole number of 1 or more"):
+        check(fixture)
 
 
 def test_what_is_no_fixture_of_it_is_refused_in_one_line(tmp_path: Path) -> None:

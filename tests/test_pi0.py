@@ -414,8 +414,8 @@ def test_a_network_on_the_meta_device_takes_no_weights(tmp_path: Path) -> None:
         ),
         (lambda c: replace(c, expert=replace(c.expert, width=15)), "expert.width 15 must be even"),
         (
-            lambda c: replace(c, vision=replace(c.vision, image=30)),
-            "vision.image 30 is no multiple of patch 14",
+            lambda c: replace(c, vision=replace(c.vision, image=13)),
+            "vision.image is 13, expected at least one patch of 14",
         ),
         (
             lambda c: replace(c, vision=replace(c.vision, heads=3)),

@@ -153,7 +153,7 @@ def _of_sampling(network: Pi0Network, cache: PrefixCache, fixture: Fixture) -> d
         for of in ("times", "x_t", "v_t")
         if f"sample_{of}" in fixture.expected
     ]
-    default = len(traced[0]) if traced else fixture.config.get("num_steps", STEPS)
+    default = len(traced[0]) if traced else fixture.count("num_steps", STEPS)
     path = list(network.integrate(cache, noise, default, state))
     outputs = {
         "sample_actions": Output(network.sample(cache, noise, default, state)),

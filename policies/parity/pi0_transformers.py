@@ -8,7 +8,7 @@
   and `t`, `noise`, `time` and `actions`, `sample_noise`.
 * expected: `logits` or another name of `VELOCITIES`; `loss` or another of `LOSSES`, by element or reduced; sampled
   chunks as `sample_actions` or `sampled_actions`, with `_<n>steps` behind it too; `image_features`; `grad.<key>`, of
-  the mean of the loss.
+  the loss's sum where `loss_reduction` is `sum`, else of its mean.
 
 `forward` reads `noise` as the noisy chunk itself where it is given no `actions`, and puts the chunk between them and
 the noise where it is. A fixture that has `actions` and no `x_t` does not say which of the two its velocity is of:
@@ -53,7 +53,7 @@ _SETTINGS = (
     "loss_reduction",
 )
 _LOSS_RELATIVE = 1e-5
-"""Losses of tens are right to float32's precision only."""
+"""Losses of tens, and gradients of summed ones, are right to float32's precision only."""
 
 
 def compute(fixture: Fixture) -> dict[str, Output]:
@@ -193,10 +193,10 @@ def _outputs(run: _Run) -> Iterator[tuple[str, Output]]:
             elif name == "image_features":
                 yield name, Output(run.network.encode_images(run.images))
     if any(name.startswith("grad.") for name in run.fixture.expected):
-        run.errors().mean().backward()
+        _one_loss(run, run.errors()).backward()
         for name, parameter in run.network.named_parameters():
             if parameter.grad is not None:
-                yield f"grad.{LAYOUTS['transformers'].key(name)}", Output(parameter.grad)
+                yield f"grad.{LAYOUTS['transformers'].key(name)}", Output(parameter.grad, relative=_LOSS_RELATIVE)
 
 
 def _velocity(run: _Run, name: str, expected: torch.Tensor) -> torch.Tensor:
@@ -215,13 +215,15 @@ def _velocity(run: _Run, name: str, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _reduced(run: _Run, errors: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    if expected.ndim:
-        return errors
+    return errors if expected.ndim else _one_loss(run, errors)
+
+
+def _one_loss(run: _Run, errors: torch.Tensor) -> torch.Tensor:
     return errors.sum() if run.official.loss_reduction == "sum" else errors.mean()
 
 
 def _sampled(run: _Run, steps: str | None) -> torch.Tensor:
-    default: Any = run.fixture.config.get("num_steps", run.official.num_inference_steps)
+    count = int(steps) if steps else run.fixture.count("num_steps", run.official.num_inference_steps)
     return run.network.sample(
-        run.cache(), run.first("sample_noise", "noise"), int(steps or default), run.fixture.input("state")
+        run.cache(), run.first("sample_noise", "noise"), count, run.fixture.input("state")
     )

@@ -42,7 +42,7 @@ class VisionSize:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one image."""
+        """Tokens of one image; rows and columns beyond its last whole patch are seen by none."""
         return (self.image // self.patch) ** 2
 
 
@@ -85,8 +85,10 @@ class Pi0Config:
             raise ValueError(
                 f"expert.width {self.expert.width} must be even and at least 4 (sine and cosine of flow time)"
             )
-        if self.vision.image % self.vision.patch:
-            raise ValueError(f"vision.image {self.vision.image} is no multiple of patch {self.vision.patch}")
+        if self.vision.image < self.vision.patch:
+            raise ValueError(
+                f"vision.image is {self.vision.image}, expected at least one patch of {self.vision.patch}"
+            )
         if self.vision.width % self.vision.heads:
             raise ValueError(f"vision.width {self.vision.width} is no multiple of heads {self.vision.heads}")
 
