@@ -290,8 +290,34 @@ def test_adapters_that_cannot_be_read_are_refused() -> None:
     )
     refused(
         golden("dora_merge", settings={"adapters": {"lora": {"r": 0, "lora_alpha": 8}}}),
-        "adapter 'lora': the adapter's r is 0, expected 1 or more",
+        "adapter 'lora': the adapter's r is 0, expected a whole number of 1 or more",
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "four", "the adapter's r is 'four', expected a whole number of 1 or more"),
+        ("lora_alpha", "8", "the adapter's lora_alpha is '8', expected a number"),
+        (
+            "target_modules",
+            ".*_proj",
+            r"target_modules is '\.\*_proj', expected 'all-linear' or a list of some of q_proj",
+        ),
+        ("target_modules", 7, "target_modules is 7, expected 'all-linear'"),
+    ],
+)
+def test_a_setting_of_an_adapter_that_cannot_be_met_is_named(key: str, value: object, message: str) -> None:
+    fixture = golden("dora_merge")
+    fixture.config["adapters"]["dora"][key] = value
+    refused(fixture, f"adapter 'dora': {message}")
+
+
+def test_all_linears_are_those_of_a_layer() -> None:
+    fixture = golden("dora_merge")
+    for adapter in fixture.config["adapters"].values():
+        adapter["target_modules"] = "all-linear"
+    assert failures(fixture) == []
 
 
 @pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads"])

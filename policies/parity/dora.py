@@ -5,7 +5,7 @@ Beside the files of every fixture there is `adapters.safetensors`: `<adapter>/` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ def _adapter(
     part, weights = adapter_from_peft({key: t.numpy() for key, t in saved.items()}, settings)
     network = _network(fixture, fixture.weights)
     base = state_tensors(network)
-    linears = settings.get("target_modules") or fixture.config.get("target_modules") or adapters.LINEARS
-    adapters.attach(network, part, seed=0, decoders=[_DECODER], linears=linears)
+    targets = settings.get("target_modules") or fixture.config.get("target_modules")
+    adapters.attach(network, part, seed=0, decoders=[_DECODER], linears=_linears(targets))
     found = {
         f"init_magnitude/{_saved_name(name)}": Output(parameter.detach().clone())
         for name, parameter in adapters.parameters(network).items()
@@ -91,6 +91,17 @@ def _adapter(
     with torch.no_grad():
         found["logits_merged"] = Output(_run(fixture, _network(fixture, merged)).logits)
     return found
+
+
+def _linears(targets: Any) -> Sequence[str]:
+    """Of peft's `target_modules`. Raises ValueError for a pattern, which it has as well."""
+    if targets is None or targets == "all-linear":  # peft leaves out the head, which no Llama layer has
+        return adapters.LINEARS
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(
+            f"target_modules is {targets!r}, expected 'all-linear' or a list of some of {', '.join(adapters.LINEARS)}"
+        )
+    return targets
 
 
 def _training(fixture: Fixture, network: LlamaForCausalLM) -> dict[str, Output]:

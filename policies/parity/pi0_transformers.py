@@ -196,7 +196,10 @@ def _outputs(run: _Run) -> Iterator[tuple[str, Output]]:
         _one_loss(run, run.errors()).backward()
         for name, parameter in run.network.named_parameters():
             if parameter.grad is not None:
-                yield f"grad.{LAYOUTS['transformers'].key(name)}", Output(parameter.grad, relative=_LOSS_RELATIVE)
+                yield (
+                    f"grad.{LAYOUTS['transformers'].key(name)}",
+                    Output(parameter.grad, relative=_LOSS_RELATIVE),
+                )
 
 
 def _velocity(run: _Run, name: str, expected: torch.Tensor) -> torch.Tensor:

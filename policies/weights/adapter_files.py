@@ -60,9 +60,11 @@ def adapter_from_peft(
             raise ValueError(
                 f"the adapter's {key} is {settings[key]}; expected none: all its linears share one r and lora_alpha"
             )
-    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    if rank < 1:
-        raise ValueError(f"the adapter's r is {rank}, expected 1 or more")
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"the adapter's r is {rank!r}, expected a whole number of 1 or more")
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"the adapter's lora_alpha is {alpha!r}, expected a number")
     if settings.get("use_rslora"):
         alpha *= rank**0.5
     part = AdapterPart(method="dora" if settings.get("use_dora") else "lora", rank=rank, alpha=alpha)
