@@ -46,7 +46,9 @@ from policies.published import DTYPES
 from policies.weights import adapters
 from trajectories.records import PROPRIO_DIM
 
-RECIPES = tuple(Path("configs") / f"{name}_libero.yaml" for name in ("openvla", "pi0", "pi05", "ddvla"))
+RECIPES = tuple(
+    Path("configs") / f"{name}_libero.yaml" for name in ("openvla", "openvla_oft", "pi0", "pi05", "ddvla")
+)
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ADAPTER_COPIES = 1 + 1 + 2 + 3
 """Factors, gradients, two moments, and what a tripped update puts back: factors and moments."""
@@ -126,7 +128,9 @@ def shown(row: Mapping[str, Any]) -> list[str]:
 
 
 def main(
-    recipes: Annotated[list[Path] | None, typer.Argument(help="recipes; none: the published four")] = None,
+    recipes: Annotated[
+        list[Path] | None, typer.Argument(help="recipes; none: those of published weights")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="write the result as JSON")] = None,
 ) -> None:
     """Compute, print a table, and write JSON when asked."""

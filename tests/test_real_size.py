@@ -27,6 +27,7 @@ OPENVLA, PI0_SIZE, PI05 = 7_541_237_184, 3_238_048_528, 3_353_433_872
 def test_the_table_is_of_the_published_networks() -> None:
     assert {name: row["parameters"] for name, row in ROWS.items()} == {
         "openvla_libero": OPENVLA,
+        "openvla_oft_libero": OPENVLA,
         "pi0_libero": PI0_SIZE,
         "pi05_libero": PI05,
         "ddvla_libero": OPENVLA,
@@ -34,7 +35,9 @@ def test_the_table_is_of_the_published_networks() -> None:
 
 
 def test_bytes_follow_from_the_recipe() -> None:
-    openvla, pi05, ddvla = (ROWS[f"{name}_libero"] for name in ("openvla", "pi05", "ddvla"))
+    openvla, oft, pi05, ddvla = (
+        ROWS[f"{name}_libero"] for name in ("openvla", "openvla_oft", "pi05", "ddvla")
+    )
     assert openvla["weights"] == 2 * OPENVLA
     assert openvla["policy_actor"] == 4 * OPENVLA
     assert openvla["shards"] == 8 * OPENVLA
@@ -47,6 +50,7 @@ def test_bytes_follow_from_the_recipe() -> None:
     assert pi05["kept"] == 2 * 224 * 224 * 3 + 4 * (2048 + 8)
     # Three versions of ten tasks, ten states and four samples, and of a canary of 40, to 280 steps of libero_object.
     assert openvla["decisions"] == 3 * 440 * 280
+    assert oft["decisions"] == 3 * 440 * 35
     assert pi05["decisions"] == 3 * 440 * 104
     assert ddvla["decisions"] == (3 * 440 + 100) * 35
     assert openvla["held"] == openvla["decisions"] * (openvla["kept"] + 2 * 256 * 256 * 3)
