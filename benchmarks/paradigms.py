@@ -23,6 +23,8 @@ NAMES = {
     "tiny_ddvla": "discrete diffusion",
 }
 """Files of outcomes, and what each is of."""
+TOGETHER = ("tiny_pi0", "tiny_pi05", "tiny_ddvla")
+"""One recipe's tasks and cells by other paradigms, too few each to tell DPO from success-only likelihood."""
 COLUMNS = (START, "sft", "dpo-dora", "dpo-lora")
 
 
@@ -46,17 +48,33 @@ def row(paradigm: str, name: str, rows: Sequence[Mapping[str, Any]]) -> str | No
     )
 
 
-def main(folder: Annotated[Path, typer.Option(help="folder of the episodes")] = Path("docs/results")) -> None:
+def together(folder: Path) -> str | None:
+    """One line of all episodes of `TOGETHER`, every training seed of each a seed of its own. None where one is
+    absent."""
+    found = {name: read_journal(folder / f"{name}.jsonl") for name in TOGETHER}
+    if not all(found.values()):
+        return None
+    rows = [
+        {**r, "training_seed": f"{name} {r['training_seed']}"} for name, own in found.items() for r in own
+    ]
+    return row("flow and diffusion together", "tiny_*", rows)
+
+
+def comparison(folder: Path) -> str:
+    """The whole table."""
     lines = [
         "| paradigm | file | seeds x cells | start | success-only SFT | DPO + DoRA | DPO + LoRA | "
         "DPO + DoRA over the start | over SFT |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, paradigm in NAMES.items():
-        line = row(paradigm, name, read_journal(folder / f"{name}.jsonl"))
-        if line is not None:
-            lines.append(line)
-    text = "\n".join(lines) + "\n"
+    of_each = [
+        row(paradigm, name, read_journal(folder / f"{name}.jsonl")) for name, paradigm in NAMES.items()
+    ]
+    return "\n".join([*lines, *(line for line in (*of_each, together(folder)) if line is not None)]) + "\n"
+
+
+def main(folder: Annotated[Path, typer.Option(help="folder of the episodes")] = Path("docs/results")) -> None:
+    text = comparison(folder)
     (folder / "paradigms.md").write_text(text)
     typer.echo(text)
 

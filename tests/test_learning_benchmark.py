@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks import learning
 from benchmarks.comparison import START, table
 from benchmarks.learning import ARMS, check_held, measure, overrides_of, recipe_hash, settings
-from benchmarks.paradigms import row
+from benchmarks.paradigms import comparison, row
 from benchmarks.updates import VARIANTS, recipe_for
 from configs.loader import RecipeError, dump_recipe, load_recipe
 from trajectories.journal import Journal, read_journal
@@ -241,3 +241,16 @@ def test_a_paradigm_s_line_is_of_the_seeds_that_every_arm_has() -> None:
 def test_the_recorded_outcomes_make_the_recorded_table() -> None:
     results = ROOT / "docs" / "results"
     assert table(read_journal(results / "learning.jsonl")) in (results / "learning.md").read_text()
+    assert comparison(results) == (results / "paradigms.md").read_text()
+    assert comparison(results) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_paradigms_are_pooled_only_where_all_are_there(tmp_path: Path) -> None:
+    for i, name in enumerate(("tiny_pi0", "tiny_pi05", "tiny_ddvla")):
+        assert "together" not in comparison(tmp_path)
+        Journal(tmp_path / f"{name}.jsonl").extend(
+            rows(START, 0, [0, 0]) + rows("sft", 0, [0, 1]) + rows("dpo-dora", 0, [1, int(i > 0)])
+        )
+    *_, last = comparison(tmp_path).splitlines()
+    assert "| `tiny_*` | 3 x 2 |" in last
+    assert "3 better, 1 worse" in last
