@@ -115,7 +115,11 @@ class Crew:
         """Start the parameter-server shards on a start checkpoint, and the policy actors that pull from them. `saved`
         holds, or will hold, the adapters of the versions published."""
         # What they merge comes from the learner, whose node has the memory for it and stays.
-        place = None if self.learner is None else on_node(ray.get(self.learner.node.remote()))
+        place = (
+            None
+            if self.learner is None
+            else on_node(ray.get(self.learner.node.options(max_task_retries=-1).remote()))
+        )
         self.server = ParameterServer(
             start_checkpoint=start_checkpoint, saved=saved, num_shards=num_shards, place=place
         )

@@ -54,6 +54,11 @@ def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajector
             cell, part=part, chunk=recipe.policy.chunk, depth=depth
         )
 
+    def keep(record: dict[str, Any], trajectory: ray.ObjectRef) -> None:
+        if record["success"]:
+            kept.append(ray.get(trajectory))
+            save_trajectory(folder.demonstrations / kept[-1].trajectory_id, kept[-1])
+
     with progress_bar("demos", len(missing)) as bar:
         for attempt in range(MAX_ATTEMPTS):
             cells = {
@@ -65,11 +70,9 @@ def demonstrate(crew: Crew, folder: RunFolder, recipe: Recipe) -> list[Trajector
                 ): (task, number)
                 for task, number in missing
             }
-            for record, trajectory in crew.fleet.run(list(cells), launch):
+            for record, _ in crew.fleet.run(list(cells), launch, keep=keep):
                 folder.episode("demonstration", -1, record)
                 if record["success"]:
-                    kept.append(ray.get(trajectory))
-                    save_trajectory(folder.demonstrations / kept[-1].trajectory_id, kept[-1])
                     missing.remove(cells[cell_of(record)])
                     bar.advance()
     if missing:

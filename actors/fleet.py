@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.members import Make, Member, Members
 from actors.nodes import NodeWatch
+from actors.rollout import NoAnswerError
 from envs.domain import RendererError
 from trajectories.records import Cell
 
@@ -29,6 +30,8 @@ MAX_ATTEMPTS = 3
 
 Launch = Callable[[Any, Cell], list[ray.ObjectRef]]
 """Starts one cell on one actor; returns the refs of (record, trajectory)."""
+Keep = Callable[[dict[str, Any], ray.ObjectRef], None]
+"""Brings what one cell gave, a record and the ref of its trajectory, to where it is safe."""
 
 
 @dataclass(slots=True)
@@ -72,11 +75,14 @@ class Fleet:
         self._timeout_s = timeout_s
         self._on_event = on_event
 
-    def run(self, cells: Sequence[Cell], launch: Launch) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
-        """Run every cell once. Yields (episode record, ref of the trajectory).
+    def run(
+        self, cells: Sequence[Cell], launch: Launch, *, keep: Keep | None = None
+    ) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
+        """Run every cell once. Yields (episode record, ref of the trajectory), after `keep` has had them.
 
         A cell whose actor dies or hangs is run again alone from its initial state, until MAX_ATTEMPTS actors have died
-        under it alone; one whose actor cannot draw is run again by any. Every cell ends in exactly one yield or one
+        under it alone; one whose actor cannot draw, or got no answer from policy actors, or whose trajectory was lost
+        with its node before `keep` had it, is run again by any. Every cell ends in exactly one yield or one
         `quarantined` event. Raises FleetLostError when no actor can draw.
         """
         pending = deque(cells)
@@ -97,12 +103,13 @@ class Fleet:
                 for ref in done:
                     run = running.pop(ref)
                     record = self._record_of(ref, run, pending, suspects, attempts)
-                    if record is not None:
+                    if record is not None and self._kept(record, run, pending, keep):
                         yield record, run.trajectory
                 self._replace_hung(running)
         finally:
             for ref in running:
                 ray.cancel(ref)
+            self.members.scale(0)
 
     def tend(self, busy: set[int] = frozenset()) -> None:  # type: ignore[assignment]
         """Take up actors that are there, note nodes that come and go, and let go of those not needed any more."""
@@ -130,16 +137,31 @@ class Fleet:
             self.members.note_death(member, run.incarnation, reason=type(error).__name__)
             self._requeue(run, suspects, attempts, reason=type(error).__name__)
             return None
-        except RendererError as error:
+        except (RendererError, NoAnswerError) as error:
             reason = str(getattr(error, "cause", error))
-            self._on_event(
-                {"event": "requeued", "cell": run.cell.key, "actor": member.index, "reason": reason}
-            )
-            pending.append(run.cell)
-            self.members.strike(member, reason)
+            self._again(run, pending, reason)
+            if isinstance(error, RendererError):
+                self.members.strike(member, reason)
             return None
         member.strikes = 0
         return record
+
+    def _kept(self, record: dict[str, Any], run: _Running, pending: deque[Cell], keep: Keep | None) -> bool:
+        """Whether what a cell gave is safe; if not, it is run again."""
+        try:
+            if keep is not None:
+                keep(record, run.trajectory)
+        except ObjectLostError as error:
+            self._again(run, pending, f"its trajectory was lost ({type(error).__name__})")
+            return False
+        return True
+
+    def _again(self, run: _Running, pending: deque[Cell], reason: str) -> None:
+        """Run a cell again, which is not to blame."""
+        self._on_event(
+            {"event": "requeued", "cell": run.cell.key, "actor": run.member.index, "reason": reason}
+        )
+        pending.append(run.cell)
 
     def _assign(self, pending: deque[Cell], running: dict[ray.ObjectRef, _Running], launch: Launch) -> None:
         """Fill free slots, the emptiest actor first; a freed simulator gets another cell of its own task if any."""
@@ -183,7 +205,8 @@ class Fleet:
     def _requeue(
         self, run: _Running, suspects: deque[Cell], attempts: dict[Cell, int], *, reason: str
     ) -> None:
-        attempts[run.cell] = attempts.get(run.cell, 0) + (not run.shared)
+        blamed = not run.shared and not self.members.is_off(run.member)
+        attempts[run.cell] = attempts.get(run.cell, 0) + blamed
         event = {
             "cell": run.cell.key,
             "actor": run.member.index,

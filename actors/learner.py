@@ -39,6 +39,11 @@ KEPT_STATES = 2
 log = logging.getLogger(__name__)
 
 
+class BlankLearnerError(RuntimeError):
+    """The learner's process is another one than that which was brought to where the run is. Ray starts one in the place
+    of one that dies while nothing is asked of it, and says nothing."""
+
+
 def state_name(round_index: int) -> str:
     """The name of the learner's state after a round's update, among the learner states of a run."""
     return f"r{round_index:04d}"
@@ -76,6 +81,8 @@ class Learner:
         self._monitor = ray.get_actor(monitor)
         self._policy = make_policy(policy, image_size=image_size, seed=seed, device=device)
         self._learner: PreferenceLearner | None = None
+        self._started = False
+        """Whether the policy is the start."""
         self._demos: list[Trajectory] = []
 
     def node(self) -> str:
@@ -107,6 +114,7 @@ class Learner:
         metadata = {"steps": part.steps, "seed": self._seed, STATES: sorted(seen)}
         save_checkpoint(folder, "start", state_tensors(self._policy.module), metadata)
         shutil.rmtree(Path(folder).parent / UNFINISHED, ignore_errors=True)
+        self._started = True
         return metrics
 
     def _fit(self, learner: SupervisedLearner, states: Path) -> dict[str, float]:
@@ -136,6 +144,7 @@ class Learner:
         """Take up a saved start instead of training one."""
         self._fill(checkpoint)
         self._demos = list(demos)
+        self._started = True
 
     def _vector(self) -> Vector | None:
         """What training is kept apart from, under the names of this policy's weights; None where nothing is."""
@@ -147,7 +156,9 @@ class Learner:
         self._policy.load(WeightSnapshot(version=0, content_hash="", tensors=tensors))
 
     def attach(self, base_hash: str) -> None:
-        """Freeze the start and attach the adapter that learns."""
+        """Freeze the start and attach the adapter that learns. Raises BlankLearnerError where there is no start."""
+        if not self._started:
+            raise BlankLearnerError("attach() comes after supervise() or load_start()")
         self._learner = PreferenceLearner(
             self._policy,
             adapter=self._adapter,
@@ -200,7 +211,7 @@ class Learner:
 
     def _attached(self) -> PreferenceLearner:
         if self._learner is None:
-            raise RuntimeError("attach() comes before update() and restore()")
+            raise BlankLearnerError("attach() comes before update() and restore()")
         return self._learner
 
 

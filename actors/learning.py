@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.crew import Crew
-from actors.learner import state_name
+from actors.learner import BlankLearnerError, state_name
 from actors.parameter_server import version_name
 from actors.run_folder import RunFolder, progress_bar
 from learners.checkpoint import CheckpointError, load_checkpoint, newest_valid, read_metadata, save_checkpoint
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """A learner whose process dies more often than this in one piece of work ends the run: it would die again."""
+
+
+GONE = (RayActorError, BlankLearnerError)
+"""What a call of the learner raises when its process has died: at once, or long since."""
 
 
 class LearnerLostError(RuntimeError):
@@ -85,31 +89,43 @@ def take_up(crew: Crew, folder: RunFolder, origin: Origin, good: Version) -> Non
         ray.get(crew.learner.restore.remote(good.adapter))
 
 
+def begin(crew: Crew, folder: RunFolder, origin: Origin, good: Version, *, trained: bool) -> None:
+    """Make the learner ready for a run's rounds: the one that has just trained the start, or a blank one."""
+    try:
+        if trained:
+            ray.get(crew.learner.attach.remote(origin.content_hash))
+        else:
+            take_up(crew, folder, origin, good)
+    except GONE as error:
+        revive(crew, folder, origin, good, error)
+
+
 def call_learner(
     crew: Crew, folder: RunFolder, origin: Origin, good: Version, method: str, *args: object
 ) -> Any:
     """Call a method of the learner, which is taken up again at `good` when its process has died."""
     try:
         return ray.get(getattr(crew.learner, method).remote(*args))
-    except RayActorError as error:
+    except GONE as error:
         revive(crew, folder, origin, good, error)
         return ray.get(getattr(crew.learner, method).remote(*args))
 
 
-def revive(crew: Crew, folder: RunFolder, origin: Origin, good: Version, error: RayActorError) -> None:
-    """Note that the learner's process died, and take up the one that Ray has started in its place.
+def revive(crew: Crew, folder: RunFolder, origin: Origin, good: Version, error: Exception) -> None:
+    """Note that the learner's process died, and take up the one that Ray has started in its place. `error` told so: one
+    of GONE.
 
     Raises the error itself when it is somebody else's death that the learner tells of, and LearnerLostError when the
     learner dies again MAX_RESTARTS times while it is taken up.
     """
     for _ in range(MAX_RESTARTS):
-        if isinstance(error, RayTaskError):
+        if isinstance(error, RayTaskError) and not isinstance(error, BlankLearnerError):
             raise error
         folder.event({"event": "actor_restarted", "kind": "learner", "reason": "its process died"})
         try:
             ray.get(crew.learner.__ray_ready__.options(max_task_retries=-1).remote())
             return take_up(crew, folder, origin, good)
-        except RayActorError as again:
+        except GONE as again:
             error = again
     raise _lost()
 
@@ -183,7 +199,7 @@ def end_update(
             else:
                 report, adapter = follow(crew, folder, update.result, label="learn", total=steps, **tags)
             break
-        except RayActorError as error:
+        except GONE as error:
             revive(crew, folder, origin, good, error)
             update = begin_update(crew, folder, good.version, round_index)
     else:

@@ -70,6 +70,7 @@ class Members:
         self._nodes = nodes
         self._release_after_s = release_after_s
         self._restarts = self.quarantined = 0
+        self._wanted = self._least
         self.all: list[Member] = [Member(next(self._count), actor) for actor in actors]
         for member in self.all:
             member.away = _introduction(member.actor)
@@ -85,9 +86,9 @@ class Members:
         """Ask for as many actors as `cells` still to be run keep busy; Ray's autoscaler finds nodes for them."""
         if self._make is None:
             return
-        wanted = min(self._most, max(self._least, math.ceil(cells / self._slots)))
+        self._wanted = min(self._most, max(self._least, math.ceil(cells / self._slots)))
         # One that was given up is not made again: it would fail as often.
-        for _ in range(wanted - self.quarantined - len(self.all)):
+        for _ in range(self._wanted - self.quarantined - len(self.all)):
             self._add(None)
 
     def _add(self, renderer: str | None) -> None:
@@ -153,14 +154,16 @@ class Members:
             )
 
     def release(self, busy: set[int]) -> None:
-        """Let actors beyond the least number go that had no work for a while. The oldest that are there stay, also
-        where they were idle first: they lie on the nodes that the rest of the run was placed on."""
+        """Let actors beyond the least number go that had no work for a while, and those yet to come once they are not
+        wanted any more. The oldest that are there stay, also where they were idle first: they lie on the nodes that the
+        rest of the run was placed on."""
         if self._make is None:
             return
         kept = sorted(self.all, key=lambda member: (member.away is not None, member.index))[: self._least]
         now = time.monotonic()
         for member in [member for member in self.all if member not in kept]:
-            if member.index not in busy and now - member.idle_since > self._release_after_s:
+            unwanted = member.away is None or len(self.all) > self._wanted
+            if unwanted and member.index not in busy and now - member.idle_since > self._release_after_s:
                 self.all.remove(member)
                 ray.kill(member.actor)
 
@@ -175,6 +178,10 @@ class Members:
                 if member.index not in busy:
                     self.kill(member, f"its node {member.node[:8]} is about to go")
                     self.note_death(member, member.deaths, "")
+
+    def is_off(self, member: Member) -> bool:
+        """Whether the node that an actor was on is gone, and the actor with it."""
+        return self._nodes is not None and self._nodes.is_gone(member.node)
 
     def status(self) -> dict[str, int]:
         """How many are wanted, ready, starting or restarting, on nodes about to go, and given up."""

@@ -41,6 +41,10 @@ class NodeWatch:
         self._known, self._draining = alive, draining
         return draining
 
+    def is_gone(self, node: str) -> bool:
+        """Whether a node, by its id, is not alive any more; asked anew."""
+        return bool(node) and all(one["NodeID"] != node for one in ray.nodes() if one["Alive"])
+
     def status(self) -> list[dict[str, Any]]:
         """The nodes that were alive at the last look."""
         return [

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from actors.cells import training_cells
 from actors.checks import check_hash, check_policy, check_start
 from actors.crew import Crew
@@ -35,11 +33,11 @@ from actors.learning import (
     Origin,
     Update,
     Version,
+    begin,
     begin_update,
     end_update,
     last_good,
     publish,
-    take_up,
 )
 from actors.placement import check_fits, connect
 from actors.run_folder import OWN_RUN, RunFolder, check_writable, report_early_end, serve_page
@@ -163,10 +161,7 @@ def prepare(recipe: Recipe, folder: RunFolder, crew: Crew, assets: ResolvedAsset
     crew.server.rise_above(max(earlier, default=0))
     origin = Origin(checkpoint=checkpoint, demonstrations=tuple(demos), content_hash=start.content_hash)
     good, first = last_good(folder, start) if folder.resumed else (start, 0)
-    if trained:
-        ray.get(crew.learner.attach.remote(start.content_hash))
-    else:
-        take_up(crew, folder, origin, good)
+    begin(crew, folder, origin, good, trained=trained)
     if folder.resumed:
         folder.event({"event": "resumed", "version": good.version, "next_round": first})
     return Loop(

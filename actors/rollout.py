@@ -34,9 +34,6 @@ from trajectories.records import ActionSample, Cell, Decision, Observation, Traj
 
 log = logging.getLogger(__name__)
 
-ANSWER_DEADLINE_S = 120.0
-"""How long an episode waits for policy actors to come back before it is abandoned as a fault."""
-
 
 def decision_seed(cell: Cell, index: int) -> int:
     """Sampling seed of one decision: fixed by the cell alone, so any two policies share random numbers on it."""
@@ -44,8 +41,8 @@ def decision_seed(cell: Cell, index: int) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-class EpisodeFault(RuntimeError):  # noqa: N818  (the field's word for it)
-    """An episode that went wrong through no fault of the policy's: it is counted and quarantined."""
+class NoAnswerError(RuntimeError):
+    """No policy actor answered in time: the episode says nothing, and is to be run again."""
 
 
 class SimulatorPool:
@@ -109,6 +106,7 @@ class Rollouts:
         deadlines: DeadlinePart | None = None,
     ) -> None:
         part = deadlines or DeadlinePart()
+        self._answer_s = part.answer_s
         self._deadlines = Deadlines(
             Path(tempfile.gettempdir()) / f"pairloom-{ray.get_runtime_context().get_actor_id()}.last-words",
             {"reset": part.reset_s, "step": part.step_s, "render": part.render_s},
@@ -125,7 +123,8 @@ class Rollouts:
     async def rollout(
         self, cell: Cell, *, policies: Sequence[Any], version: int, temperature: float
     ) -> tuple[dict[str, Any], Trajectory]:
-        """One episode. Returns its outcome record and the trajectory (a fault is an outcome, not an exception)."""
+        """One episode. Returns its outcome record and the trajectory (a fault is an outcome, not an exception). Raises
+        NoAnswerError where policy actors are away for too long."""
         started = time.monotonic()
         env = await self._pool.take(cell.suite, cell.task_id)
         decisions: list[Decision] = []
@@ -149,11 +148,11 @@ class Rollouts:
                 done = terminated or truncated
                 if info["success"]:
                     outcome = "success"
-        except (InvalidActionError, SimulatorFaultError, EpisodeFault) as error:
+        except (InvalidActionError, SimulatorFaultError) as error:
             outcome, fault = "fault", f"{type(error).__name__}: {error}"
             log.warning("episode %s quarantined: %s", cell.key, fault)
-        except BaseException:
-            self._pool.give_back(env, healthy=False)
+        except BaseException as error:
+            self._pool.give_back(env, healthy=isinstance(error, NoAnswerError))
             raise
         self._pool.give_back(env, healthy=outcome != "fault")
         trajectory = Trajectory(
@@ -208,24 +207,27 @@ class Rollouts:
         version: int,
         temperature: float,
     ) -> tuple[ActionSample, str]:
-        """Ask a policy actor; while one restarts, wait for it or ask another. Asking twice is harmless: the seed
-        fixes the answer."""
-        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        """Ask a policy actor; while one restarts, wait for it or ask another, and end one that hangs. Asking twice is
+        harmless: the seed fixes the answer."""
+        deadline = time.monotonic() + self._answer_s
         while True:
             policy = policies[self._asked % len(policies)]
             self._asked += 1
             try:
                 answer = policy.act.remote(observation, seed=seed, version=version, temperature=temperature)
-                sample, content_hash = await asyncio.wait_for(answer, ANSWER_DEADLINE_S)
+                sample, content_hash = await asyncio.wait_for(answer, self._answer_s)
             except TimeoutError as error:
-                raise EpisodeFault(f"a policy actor hung for {ANSWER_DEADLINE_S:.0f} s") from error
+                ray.kill(policy, no_restart=False)
+                raise NoAnswerError(
+                    f"a policy actor hung for {self._answer_s:.0f} s, and is ended"
+                ) from error
             except RayActorError as error:
                 if isinstance(
                     error, RayTaskError
                 ):  # the policy actor lives; what it pulls weights from does not
                     raise
                 if time.monotonic() > deadline:
-                    raise EpisodeFault(f"no policy actor answered in {ANSWER_DEADLINE_S:.0f} s") from error
+                    raise NoAnswerError(f"no policy actor answered in {self._answer_s:.0f} s") from error
                 await asyncio.sleep(0.5)
                 continue
             if not np.isfinite(sample.logps).all():

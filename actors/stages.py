@@ -85,14 +85,14 @@ def drive(
             cell, policies=crew.policies, version=version, temperature=temperature
         )
 
+    def store(record: Mapping[str, Any], trajectory: ray.ObjectRef) -> None:
+        if record["policy_hash"]:  # an episode that failed before its first decision has nothing to keep
+            ray.get(crew.store.add.remote(trajectory))
+
     with progress_bar(f"{phase} v{version}", len(cells)) as bar:
         bar.update(len(cells) - len(missing))
         pulse = Pulse(crew, folder, version)
-        for record, trajectory in crew.fleet.run(missing, launch):
-            if (
-                keep and record["policy_hash"]
-            ):  # an episode that failed before its first decision has nothing to keep
-                ray.get(crew.store.add.remote(trajectory))
+        for record, _ in crew.fleet.run(missing, launch, keep=store if keep else None):
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
             out.enter(record)

@@ -8,11 +8,15 @@ from configs.part import Part
 
 
 class DeadlinePart(Part):
-    """Longest that a call into a simulator may take before its process is ended and its episodes are run again."""
+    """Longest that a call into a simulator, or of a policy actor, may take before its process is ended and what it was
+    doing is done again."""
 
     reset_s: float = Field(300.0, gt=0, description="seconds for building or resetting a simulator")
     step_s: float = Field(60.0, gt=0, description="seconds for the control steps of one chunk")
     render_s: float = Field(60.0, gt=0, description="seconds for drawing one observation")
+    answer_s: float = Field(
+        300.0, gt=0, description="seconds for a decision, with what a policy actor loads before it"
+    )
 
 
 class PagePart(Part):

@@ -72,9 +72,10 @@ class TrajectoryArchive:
         return self._num_stored
 
     def since(self, version: int) -> Mapping[str, Candidate]:
-        """What pairing needs to know of each stored trajectory of that version or a later one, by id.
+        """What pairing needs to know of each stored trajectory of that version or a later one, by id; none of a retired
+        one.
 
-        Earlier ones are forgotten until they are asked for, so that memory does not grow with the length of a run.
+        The others are forgotten until they are asked for, so that memory does not grow with the length of a run.
         """
         if version < self._oldest:
             self._index.clear()
@@ -83,7 +84,9 @@ class TrajectoryArchive:
                 self._replay(line)
         self._oldest = version
         self._index = {
-            name: candidate for name, candidate in self._index.items() if candidate.policy_version >= version
+            name: candidate
+            for name, candidate in self._index.items()
+            if candidate.policy_version >= version and candidate.policy_version not in self._retired
         }
         return self._index
 
@@ -127,12 +130,17 @@ class TrajectoryArchive:
                 f"{trajectory.cell.key} was driven by version {trajectory.policy_version} with hash "
                 f"{trajectory.policy_hash!r}, expected {expected!r}; register_version() comes first"
             )
-        if self._is_stored(trajectory):
+        if self._path(trajectory.trajectory_id).exists():
             self.num_duplicates += 1
             return False
+        path = self._path(trajectory.trajectory_id)
         with writing(self.folder, f"trajectory {trajectory.cell.key}"):
-            save_trajectory(self._path(trajectory.trajectory_id), trajectory)
-        self._enter(trajectory)
+            save_trajectory(path, trajectory)
+        try:
+            self._enter(trajectory)
+        except StoreError:
+            path.unlink(missing_ok=True)  # it was not stored: it may be added again
+            raise
         return True
 
     def load_intact(self, trajectory_ids: Iterable[str]) -> dict[str, Trajectory]:
@@ -148,11 +156,6 @@ class TrajectoryArchive:
     def close(self) -> None:
         """Close the index; harmless when already closed."""
         self._journal.close()
-
-    def _is_stored(self, trajectory: Trajectory) -> bool:
-        if trajectory.policy_version < self._oldest:
-            return self._path(trajectory.trajectory_id).exists()
-        return trajectory.trajectory_id in self._index
 
     def _path(self, trajectory_id: str) -> Path:
         return self._files / f"{trajectory_id}{SUFFIX}"

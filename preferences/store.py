@@ -161,10 +161,7 @@ class PreferenceStore:
         wanted = [
             candidate
             for candidate in candidates
-            if candidate.outcome == "success"
-            and candidate.finite
-            and candidate.policy_version <= max_version
-            and candidate.policy_version not in self._archive.retired
+            if candidate.outcome == "success" and candidate.finite and candidate.policy_version <= max_version
         ]
         wanted.sort(key=lambda candidate: (candidate.policy_version, candidate.cell))
         return [candidate.trajectory_id for candidate in wanted]

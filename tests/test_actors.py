@@ -21,7 +21,7 @@ from actors.cells import canary_cells, training_cells
 from actors.crew import Crew
 from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
-from actors.learning import Origin, Update, Version, end_update
+from actors.learning import Origin, Update, Version, begin, call_learner, end_update
 from actors.members import Members
 from actors.parameter_server import (
     ParameterServer,
@@ -337,6 +337,96 @@ def test_the_oldest_actor_stays_though_it_was_idle_first(cluster: None) -> None:
     members.release(busy=set())
     assert [member.index for member in members] == [0]
     ray.kill(next(iter(members)).actor)
+
+
+@pytest.mark.ray
+def test_an_actor_that_has_not_come_yet_is_wanted_as_long_as_there_is_work_for_it(cluster: None) -> None:
+    def make(_: str | None) -> Any:
+        made = [*members] if members is not None else []
+        return Worker.options(num_cpus=1000 if made else 0.1).remote()  # type: ignore[attr-defined]
+
+    members: Members | None = None
+    members = Members([make(None)], slots=1, on_event=print, make=make, most=2, release_after_s=0.0)
+    while not members.ready():
+        members.greet()
+    members.scale(cells=5)
+    waiting = [member.actor for member in members]
+    members.release(busy={0})
+    assert [member.actor for member in members] == waiting
+    members.scale(cells=0)
+    members.release(busy=set())
+    assert [member.actor for member in members] == waiting[:1]
+    ray.kill(waiting[0])
+
+
+@pytest.mark.ray
+def test_a_cell_whose_trajectory_is_lost_before_it_is_kept_is_run_again(cluster: None) -> None:
+    """As when the node that holds it goes between the record's arrival and the store's."""
+    events: list[dict[str, Any]] = []
+    worker = Payload.options(num_cpus=0.1).remote()  # type: ignore[attr-defined]
+    fleet = Fleet([worker], slots=1, timeout_s=60.0, on_event=events.append)
+    kept: list[bytes] = []
+
+    def keep(record: dict[str, Any], trajectory: ray.ObjectRef) -> None:
+        if record["cell"] == cell(1).key and not events:
+            owner = Payload.options(num_cpus=0.1).remote()  # type: ignore[attr-defined]
+            (lost,) = ray.get(owner.put.remote())
+            ray.kill(owner)  # and with it, in a moment, what it owned
+            for _ in range(100):
+                ray.get(lost)
+                time.sleep(0.1)
+        kept.append(ray.get(trajectory))
+
+    done = [
+        record["cell"]
+        for record, _ in fleet.run(
+            [cell(0), cell(1), cell(2)],
+            lambda actor, c: actor.work.options(num_returns=2).remote(c),
+            keep=keep,
+        )
+    ]
+    assert sorted(done) == [cell(s).key for s in range(3)]
+    assert len(kept) == 3
+    (event,) = events
+    assert (event["event"], event["cell"]) == ("requeued", cell(1).key)
+    assert event["reason"].startswith("its trajectory was lost")
+    ray.kill(worker)
+
+
+@ray.remote
+class Payload:
+    def work(self, cell: Cell) -> tuple[dict[str, Any], bytes]:
+        return {"cell": cell.key}, bytes(1 << 20)
+
+    def put(self) -> list[ray.ObjectRef]:
+        return [ray.put(bytes(1 << 20))]
+
+
+@pytest.mark.ray
+def test_a_learner_that_died_while_it_was_idle_is_taken_up_again(cluster: None, tmp_path: Path) -> None:
+    """Ray puts a blank one in its place and says nothing; a blank one must learn nothing."""
+    recipe = load_recipe(TINY, [f"root={tmp_path}", "name=idle", "learner.threads=1"])
+    policy = make_policy(
+        recipe.policy, image_size=recipe.environment.image_size, seed=0, device=torch.device("cpu")
+    )
+    tensors = state_tensors(policy.module)
+    save_checkpoint(tmp_path, "start", tensors, {})
+    folder, crew = RunFolder.create(recipe), Crew()
+    crew.start_learner(recipe)
+    origin = Origin(checkpoint=tmp_path / "start", demonstrations=(), content_hash=weights_hash(tensors))
+    good = Version(version=0, content_hash=origin.content_hash, adapter=None)
+    try:
+        begin(crew, folder, origin, good, trained=True)  # it died after it had trained the start
+        assert ray.get(crew.learner.adapter.remote()).base_hash == origin.content_hash
+        ray.kill(crew.learner, no_restart=False)
+        ray.get(crew.learner.__ray_ready__.options(max_task_retries=-1).remote())
+        call_learner(crew, folder, origin, good, "restore", None)
+        assert ray.get(crew.learner.adapter.remote()).base_hash == origin.content_hash
+        restarts = [e for e in read_journal(folder.path / "events.jsonl") if e["event"] == "actor_restarted"]
+        assert [e["kind"] for e in restarts] == ["learner"] * 2
+    finally:
+        crew.dismiss()
+        folder.release()
 
 
 @ray.remote

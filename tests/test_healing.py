@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -16,7 +17,7 @@ from actors.rollout import RolloutActor, Rollouts
 from configs.operation import DeadlinePart
 from configs.world import DemonstrationPart, EnvironmentPart
 from envs.assets import resolve_assets
-from trajectories.records import Cell
+from trajectories.records import ActionSample, Cell, Observation
 
 SMALL = EnvironmentPart(image_size=32, geometry="collision", max_steps=16)
 pytestmark = [pytest.mark.ray, pytest.mark.libero]
@@ -119,3 +120,40 @@ def test_a_renderer_that_keeps_failing_is_replaced_by_osmesa_and_then_given_up()
     ):
         fleet.members.strike(member, "osmesa: no picture")
     assert events[-1] == {"event": "renderer_quarantined", "actor": 1, "reason": "osmesa: no picture"}
+
+
+@ray.remote
+class HangsUntilItIsEnded:
+    """A policy actor that never answers, until another process takes its place: that one decides to do nothing."""
+
+    def __init__(self, marks: str) -> None:
+        mark = Path(marks) / "hung"
+        self._hangs = not mark.exists()
+        mark.touch()
+
+    def act(self, observation: Observation, **_: Any) -> tuple[ActionSample, str]:
+        if self._hangs:
+            time.sleep(1000)
+        still = np.zeros((8, 7), np.float32)
+        return ActionSample(actions=still, model_chunk=np.zeros(56, np.int64), logps=np.zeros(56)), "hash"
+
+
+def test_a_policy_actor_that_hangs_is_ended_and_the_episode_is_run_again(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    policy = HangsUntilItIsEnded.options(num_cpus=0.1, max_restarts=-1).remote(str(tmp_path))  # type: ignore[attr-defined]
+    actor = RolloutActor.options(num_cpus=0.1, max_restarts=-1, max_concurrency=2).remote(
+        environment=SMALL, assets=resolve_assets(None), num_envs=1, deadlines=DeadlinePart(answer_s=5.0)
+    )
+    fleet = Fleet([actor], slots=1, timeout_s=600.0, on_event=events.append)
+
+    def launch(actor: Any, cell: Cell) -> list[ray.ObjectRef]:
+        return actor.rollout.options(num_returns=2).remote(
+            cell, policies=[policy], version=0, temperature=1.0
+        )
+
+    (record,) = [record for record, _ in fleet.run([cell(0)], launch)]
+    assert record["outcome"] == "timeout"
+    assert [e["event"] for e in events] == ["requeued"]
+    assert events[0]["reason"] == "a policy actor hung for 5 s, and is ended"
+    for one in (policy, actor):
+        ray.kill(one)
