@@ -7,8 +7,8 @@ CapVector (arXiv 2605.10903) claims the success of auxiliary fine-tuning at the 
 a policy is trained on the quickstart's tasks (`pre`) and fine-tuned on one more task (EXTRACTED_ON) three times:
 plainly, with the auxiliary objective, and plainly with another seed. The first two give the vector, the first and third
 the control: a vector of nothing but chance. Then it is fine-tuned on a third task (USED_ON) in the ways of `ARMS`, each
-for every number of steps, and driven over the held-out states of that task and, after the most steps, of the tasks of
-`pre`, which fine-tuning may have unlearned. Last, `pre` takes one round of the online loop on one of its two tasks,
+for every number of steps, and driven over the held-out states of that task and of the tasks of `pre`, which fine-tuning
+may have unlearned. Last, `pre` takes one round of the online loop on one of its two tasks,
 without demonstrations, with and without the penalty (`ONLINE`), and is driven over the other one too.
 
 Every run is `launch.py train` and called NAME-...-sSEED; what has finished under runs/ is not run again. Episodes go to
@@ -133,8 +133,8 @@ class Study:
                 run = self.run(FINE, what, [f"tasks.task_ids={USED_ON}", *settings])
                 yield self._rows(run, arm, count, "task")
                 self.ends.append(self._end(run, arm, count))
-            after = [f"start={self.folder(what)}", f"tasks.task_ids={BEFORE}"]
-            yield self._rows(self.run(PRE, f"{what}-before", after), arm, count, "before")
+                after = [f"start={self.folder(what)}", f"tasks.task_ids={BEFORE}"]
+                yield self._rows(self.run(PRE, f"{what}-before", after), arm, count, "before")
 
         for arm in (a for a in arms if a in ONLINE):
             yield from self._online(arm, vectors)
