@@ -21,7 +21,7 @@ from actors.cells import canary_cells, training_cells
 from actors.crew import Crew
 from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
-from actors.learning import Origin, Update, Version, begin, call_learner, end_update
+from actors.learning import GONE, Origin, Update, Version, begin, call_learner, end_update
 from actors.members import Members
 from actors.parameter_server import (
     ParameterServer,
@@ -419,7 +419,7 @@ def test_a_learner_that_died_while_it_was_idle_is_taken_up_again(cluster: None, 
         begin(crew, folder, origin, good, trained=True)  # it died after it had trained the start
         assert ray.get(crew.learner.adapter.remote()).base_hash == origin.content_hash
         ray.kill(crew.learner, no_restart=False)
-        ray.get(crew.learner.__ray_ready__.options(max_task_retries=-1).remote())
+        until_gone(crew.learner)
         call_learner(crew, folder, origin, good, "restore", None)
         assert ray.get(crew.learner.adapter.remote()).base_hash == origin.content_hash
         restarts = [e for e in read_journal(folder.path / "events.jsonl") if e["event"] == "actor_restarted"]
@@ -427,6 +427,17 @@ def test_a_learner_that_died_while_it_was_idle_is_taken_up_again(cluster: None, 
     finally:
         crew.dismiss()
         folder.release()
+
+
+def until_gone(learner: Any) -> None:
+    """Wait until the process that was told to end has ended."""
+    for _ in range(100):
+        try:
+            ray.get(learner.adapter.remote())
+        except GONE:
+            return
+        time.sleep(0.1)
+    raise TimeoutError("the learner lives on")
 
 
 @ray.remote
