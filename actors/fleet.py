@@ -76,9 +76,15 @@ class Fleet:
         self._on_event = on_event
 
     def run(
-        self, cells: Sequence[Cell], launch: Launch, *, keep: Keep | None = None
+        self,
+        cells: Sequence[Cell],
+        launch: Launch,
+        *,
+        keep: Keep | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[dict[str, Any], ray.ObjectRef]]:
-        """Run every cell once. Yields (episode record, ref of the trajectory), after `keep` has had them.
+        """Run every cell once. Yields (episode record, ref of the trajectory), after `keep` has had them; calls
+        `meanwhile` about once a second.
 
         A cell whose actor dies or hangs is run again alone from its initial state, until MAX_ATTEMPTS actors have died
         under it alone; one whose actor cannot draw, or got no answer from policy actors, or whose trajectory was lost
@@ -93,6 +99,7 @@ class Fleet:
             while pending or suspects or running:
                 self.members.scale(len(pending) + len(suspects) + len(running))
                 self.tend({run.member.index for run in running.values()})
+                meanwhile()
                 self._assign(pending, running, launch)
                 if not pending:
                     self._assign_alone(suspects, running, launch)

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.crew import Crew
 from actors.learner import BlankLearnerError, state_name
 from actors.parameter_server import version_name
+from actors.pulse import Pulse
 from actors.run_folder import RunFolder, progress_bar
 from learners.checkpoint import CheckpointError, load_checkpoint, newest_valid, read_metadata, save_checkpoint
 from learners.report import UpdateReport
@@ -140,10 +141,12 @@ def _lost() -> LearnerLostError:
 def follow(crew: Crew, folder: RunFolder, ref: ray.ObjectRef, *, label: str, total: int, **tags: Any) -> Any:
     """Wait for long work in another actor, showing and recording what it reports."""
     done: list[ray.ObjectRef] = []
+    pulse = Pulse(crew, folder, tags.get("version", 0))
     with progress_bar(label, total) as bar:
         while not done:
             done, _ = ray.wait([ref], timeout=1.0)
             crew.tend()
+            pulse.due()
             (_, step, _, metrics), lines = ray.get(crew.monitor.pop.remote())
             for line in lines:
                 folder.metric(line.pop("stage"), **tags, **line)

@@ -92,7 +92,7 @@ def drive(
     with progress_bar(f"{phase} v{version}", len(cells)) as bar:
         bar.update(len(cells) - len(missing))
         pulse = Pulse(crew, folder, version)
-        for record, _ in crew.fleet.run(missing, launch, keep=store if keep else None):
+        for record, _ in crew.fleet.run(missing, launch, keep=store if keep else None, meanwhile=pulse.due):
             folder.episode(phase, round_index, record)
             out.env_steps += record["env_steps"]
             out.enter(record)
