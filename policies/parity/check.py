@@ -50,7 +50,8 @@ def compare(name: str, output: Output, expected: torch.Tensor) -> Comparison:
     gap = (value - expected).abs()
     gap = torch.where(value == expected, 0.0, gap)  # two infinities of one sign agree
     size = torch.where(expected.isfinite(), expected.abs(), 0.0)  # a share of infinity would allow anything
-    allowed = torch.clamp(output.relative * torch.where(size < 1, 0.0, size), min=TOLERANCE)
+    large = output.relative * torch.where(size < 1, 0.0, size)
+    allowed = torch.clamp(large, min=max(TOLERANCE, output.slack))
     if output.where is not None:
         keep = output.where.expand_as(gap)
         gap, allowed = gap[keep], allowed[keep]

@@ -82,6 +82,8 @@ class Output:
     """bool, broadcastable to `value`: the places that mean something; none: all of them."""
     relative: float = 0.0
     """Also passes within this share of an expected value of 1 and more (large losses)."""
+    slack: float = 0.0
+    """Also passes within this of any value: what float32's last bits come to where something large magnifies them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,9 +24,10 @@ _SIDES = ("chosen", "rejected")
 _LOSSES = ("losses", "mean_loss")
 _LOSS_RELATIVE = 1e-3
 """Of large losses: a beta of 5000 on a mean of squares magnifies its last bit."""
-_FLOW_RELATIVE = 1e-4
-"""Of the sigmoid's argument in the flow form: four means of squares, each right to its last bit, magnified by 2500 and
-taken from each other, were up to 6e-5 of it apart from one order of summation to another."""
+_LAST_BIT = 1e-7
+"""Of a mean of squares about 1, from one order of summation to another. In the flow form four of them are taken from
+each other and magnified by beta (5000): the sigmoid's argument, also one near zero, is as far off, and so is what
+depends on it."""
 _RELATIVE = 1e-6
 """Of everything else: eight last bits of float32. Rewards and log-probabilities of hundreds are no more exact."""
 
@@ -38,7 +39,7 @@ def compute(fixture: Fixture) -> Outputs:
 
 def _outputs(fixture: Fixture) -> Iterator[tuple[str, Output]]:
     for name in fixture.expected:
-        where = None
+        where, magnified = None, 0.0
         if match := _FORM.fullmatch(name):
             value = _form_output(fixture, name, match)
             if match["what"] == "grad_policy_token_logps":
@@ -48,16 +49,12 @@ def _outputs(fixture: Fixture) -> Iterator[tuple[str, Output]]:
         elif match := _FLOW.fullmatch(name):
             beta = _beta(fixture, name, match["beta"]) if match["beta"] else None
             value = _flow_output(fixture, match["what"], beta)
+            magnified = _LAST_BIT * (beta or 0.0)
         else:
             value = None
         if value is not None:
-            yield name, Output(value, where=where, relative=_relative(name.rpartition("/")[2]))
-
-
-def _relative(what: str) -> float:
-    if what in _LOSSES:
-        return _LOSS_RELATIVE
-    return _FLOW_RELATIVE if what == "inside_term" else _RELATIVE
+            relative = _LOSS_RELATIVE if name.rpartition("/")[2] in _LOSSES else _RELATIVE
+            yield name, Output(value, where=where, relative=max(relative, magnified), slack=magnified)
 
 
 def _number(fixture: Fixture, name: str, text: str) -> float:
