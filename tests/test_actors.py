@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 import typer
+from ray.exceptions import RayActorError
 
 from actors.canary import judge
 from actors.cells import canary_cells, training_cells
@@ -23,6 +24,7 @@ from actors.demonstrations import DemonstrationError, demonstrate
 from actors.fleet import Fleet
 from actors.learning import GONE, Origin, Update, Version, begin, call_learner, end_update
 from actors.members import Members
+from actors.monitor import MonitorActor
 from actors.parameter_server import (
     ParameterServer,
     ParameterServerError,
@@ -58,7 +60,7 @@ from policies.weights.snapshots import state_tensors
 from trajectories.codec import episode_record
 from trajectories.hashing import weights_hash
 from trajectories.journal import read_journal
-from trajectories.records import AdapterWeights, Cell, Trajectory
+from trajectories.records import AdapterWeights, Cell, Observation, Trajectory
 
 TINY = Path(__file__).parent / "recipes" / "one_task.yaml"
 
@@ -511,6 +513,45 @@ def test_a_policy_actor_that_restarted_is_put_down_once(cluster: None, tmp_path:
         crew.dismiss()
     (event,) = read_journal(tmp_path / "events.jsonl")
     assert (event["event"], event["kind"], event["actor"]) == ("actor_restarted", "policy", 0)
+
+
+@pytest.mark.ray
+def test_a_policy_actor_says_what_it_serves_before_it_answers_and_again_in_another_process(
+    cluster: None, tmp_path: Path
+) -> None:
+    part = PolicyPart(bins=21)
+    start = make_policy(part, image_size=64, seed=0, device=torch.device("cpu"))
+    save_checkpoint(tmp_path, "start", state_tensors(start.module), {})
+    server = ParameterServer(start_checkpoint=str(tmp_path / "start"), saved=str(tmp_path), num_shards=1)
+    version, content_hash = server.publish(None)
+    monitor = MonitorActor.options(name="monitor-of-serving", num_cpus=0).remote()
+    actor = PolicyActor.options(num_cpus=0.1, max_restarts=-1).remote(
+        policy=part, serving=ServingPart(), image_size=64, shards=server.names, monitor="monitor-of-serving"
+    )
+    blank = np.zeros((64, 64, 3), np.uint8)
+    seen = Observation(agentview=blank, wrist=blank, proprio=np.zeros(8, np.float32), instruction="wait")
+    answers = []
+    for _ in range(2):
+        answers += [ray.get(actor.act.remote(seen, seed=1, version=version, temperature=1.0))]
+        (said,) = ray.get(monitor.pop_events.remote())  # it is there as soon as there is an answer
+        assert (said["event"], said["version"], said["hash"]) == ("serving", version, content_hash)
+        ray.kill(actor, no_restart=False)
+        actor_is_back(actor)
+    assert np.array_equal(answers[0][0].actions, answers[1][0].actions)
+    for one in (actor, monitor, *server.shards):
+        ray.kill(one)
+
+
+def actor_is_back(actor: Any) -> None:
+    """Wait until the process that was told to end has ended, and another is there."""
+    for _ in range(100):
+        try:
+            if not ray.get(actor.serving.remote()):
+                return
+        except RayActorError:
+            pass
+        time.sleep(0.1)
+    raise TimeoutError("the actor lives on")
 
 
 @ray.remote

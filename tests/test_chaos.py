@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -64,17 +65,21 @@ def titled(folder: str, title: str) -> psutil.Process:
 
 
 class Chaos(threading.Thread):
-    """Kills one process after another, each once what it waits for has happened."""
+    """Kills one process after another, each at a random moment after what it waits for has happened. The seed is new
+    each time, unless PAIRLOOM_CHAOS_SEED names it."""
 
     def __init__(self, folder: str, plan: list[tuple[str, Callable[[], bool]]]) -> None:
         super().__init__(daemon=True)
         self._folder, self._plan = folder, plan
+        self.seed = int(os.environ.get("PAIRLOOM_CHAOS_SEED", time.time_ns()))
+        self._random = random.Random(self.seed)
         self.killed: list[str] = []
 
     def run(self) -> None:
         for title, due in self._plan:
             while not due():
                 time.sleep(0.1)
+            time.sleep(self._random.uniform(0.0, 1.0))
             os.kill(titled(self._folder, title).pid, signal.SIGKILL)
             self.killed.append(title)
             time.sleep(1.0)
@@ -103,7 +108,7 @@ def test_kills_of_every_kind_cost_nothing(trained_run: Path, tmp_path: Path) -> 
         chaos.start()
         settings = [*changes, "name=chaos", "rollouts.actors=2", "rollouts.cpus_per_actor=2"]
         done = drive(settings, environ)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, f"seed {chaos.seed}: {done.stderr[-3000:]}"
         assert chaos.killed == [title for title, _ in plan]
         deadline = time.monotonic() + 60
         while True:  # until what the driver held is given back, and the new node is there
