@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.autoscaler import grows
 from configs.schema import LearnerPart, RolloutPart, ServingPart
 from policies.decoding.vllm_build import check_build, installed_builds
 
@@ -35,7 +34,6 @@ LISTENER_S = 10.0
 """How long the head of a cluster may take to accept a connection."""
 SAY_EVERY_S = 10.0
 _ROUNDING = 1e-6
-_STATUS_DEADLINE_S = 10.0
 
 
 class PlacementError(RuntimeError):
@@ -235,15 +233,6 @@ def on_node(node_id: str | None = None) -> NodeAffinitySchedulingStrategy:
     would put it on any, and an elastic node that holds one is never idle."""
     node_id = ray.get_runtime_context().get_node_id() if node_id is None else node_id
     return NodeAffinitySchedulingStrategy(node_id, soft=True)
-
-
-def grows() -> bool:
-    """Whether Ray's autoscaler adds nodes to this cluster; it alone knows how many."""
-    # What `ray status` asks; ray.autoscaler.sdk has no call for it.
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = GetClusterStatusReply()
-    reply.ParseFromString(client.get_cluster_status(timeout_s=_STATUS_DEADLINE_S))
-    return bool(reply.HasField("autoscaling_state"))
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from actors.autoscaler import autoscaler_state
 from actors.crew import Crew
 from actors.run_folder import RunFolder
 
@@ -60,6 +61,7 @@ class Pulse:
             policy_actors=self._serving(),
             nodes=self._crew.nodes.status() if self._crew.nodes is not None else [],
             pending={"rollout actor": status["away"]} if status["away"] else {},
+            **({"autoscaler": state} if (state := autoscaler_state()) else {}),
             staleness=self._staleness,
         )
 

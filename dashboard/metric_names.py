@@ -195,7 +195,10 @@ _CLUSTER: tuple[Metric, ...] = (
         labels=("state",),
     ),
     Metric(
-        key="nodes", help="Nodes by state: alive or draining", tag="cluster/nodes/{state}", labels=("state",)
+        key="nodes",
+        help="Nodes by state: alive, draining or starting",
+        tag="cluster/nodes/{state}",
+        labels=("state",),
     ),
     Metric(
         key="node_events",

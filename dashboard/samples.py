@@ -186,6 +186,9 @@ class Samples:
             for state in ("alive", "draining"):
                 count = sum(bool(node.get(state)) for node in line["nodes"])
                 found += self._gauges({"nodes": count}, {"state": state})
+        if "autoscaler" in line:
+            starting = sum(line["autoscaler"].get("starting", {}).values())
+            found += self._gauges({"nodes": starting}, {"state": "starting"})
         if "pending" in line:
             self._pending |= line["pending"].keys()  # a gauge keeps its last value: what is gone is 0
             for kind in sorted(self._pending):

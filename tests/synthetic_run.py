@@ -191,6 +191,11 @@ class Writer:
                 {"node": "9be07715", "cpus": 2.0, "gpus": 0.0, "alive": True, "draining": False},
             ],
             pending={"rollout actor": away},
+            autoscaler={
+                "starting": {"rollout": away},
+                "failed": [{"kind": "rollout", "reason": "no spot machine is left in this zone"}],
+                "infeasible": 0,
+            },
             staleness=int(noise.random() < 0.3),
         )
 

@@ -174,6 +174,7 @@ def test_the_fleet_says_what_each_actor_serves(finished: Path) -> None:
     assert [a["restarts"] for a in state["actors"]["policy"]] == [0, 1]
     assert state["actors"]["restarts"] == {"rollout": 1, "policy": 1}
     assert [node["node"] for node in state["cluster"]["nodes"]] == ["3fa1c2d4", "9be07715"]
+    assert state["cluster"]["autoscaler"]["failed"][0]["reason"] == "no spot machine is left in this zone"
     assert state["speed"]["act_ms"]["x"] == sorted(state["speed"]["act_ms"]["x"])
     assert state["incidents"]["latest"][0]["event"] == "promoted"
 

@@ -115,6 +115,8 @@ def test_every_section_shows_the_run(served: Dashboard, look: Open) -> None:
     assert page.locator("#actors-body tbody tr").first.inner_text().split()[:4] == ["0", "5", "✓", "in"]
     assert weights_hash(5)[:8] in page.inner_text("#actors-body")
     assert "4 of 4 rollout actors ready" in page.inner_text("#cluster-body")
+    assert "Autoscaler: " in page.inner_text("#cluster-body")
+    assert "rollout: no spot machine is left in this zone" in page.inner_text("#cluster-body")
     assert "undone by the tripwire" in page.inner_text("#incidents-body")
     assert page.locator("#compare-body tbody tr").count() == 2
 

@@ -114,6 +114,7 @@ def test_a_line_of_the_fleet_gives_what_it_has(tmp_path: Path) -> None:
         "policy_actors": [{"actor": 0, "version": 3, "hash": "ab12", "batch_fill": 3.1, "act_ms": 41.0}],
         "nodes": [{"node": "3f", "alive": True, "draining": False}, {"node": "4a", "alive": False}],
         "pending": {"rollout actor": 1},
+        "autoscaler": {"starting": {"rollout": 2, "gpu": 1}, "failed": [], "infeasible": 0},
     }
     assert values(samples.metric(line)) == {
         "rollouts/env_steps_per_s": 93.1,
@@ -124,6 +125,7 @@ def test_a_line_of_the_fleet_gives_what_it_has(tmp_path: Path) -> None:
         "serving/version/0": 3,
         "cluster/nodes/alive": 1,
         "cluster/nodes/draining": 0,
+        "cluster/nodes/starting": 3,
         "cluster/pending/rollout actor": 1,
     }
     # What waits no more is 0, not what it last was.

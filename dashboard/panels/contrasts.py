@@ -8,7 +8,7 @@ from typing import Any
 
 STATES = 1_000
 """Latest (suite, task, initial state, version) whose episodes are remembered: a state's samples are driven together."""
-FOUND = 100
+FOUND = 500
 """Latest contrasts that are remembered: of those whose files are there, the page shows SHOWN."""
 SHOWN = 6
 

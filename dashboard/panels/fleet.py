@@ -98,8 +98,8 @@ class Actors:
 
 
 class Cluster:
-    """Section `cluster`: the latest word on nodes, on rollout actors (wanted, ready, away, draining, quarantined) and
-    on what waits for a node."""
+    """Section `cluster`: the latest word on nodes, on rollout actors (wanted, ready, away, draining, quarantined), on
+    what waits for a node, and on what the autoscaler is doing (starting, failed, infeasible)."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
@@ -108,7 +108,8 @@ class Cluster:
         """Fold a line in; whether the section changed."""
         if journal != "metrics" or line.get("stage") != "fleet":
             return False
-        kept = {key: line[key] for key in ("time", "rollout_actors", "nodes", "pending") if key in line}
+        told = ("time", "rollout_actors", "nodes", "pending", "autoscaler")
+        kept = {key: line[key] for key in told if key in line}
         self._latest |= kept
         return bool(kept)
 

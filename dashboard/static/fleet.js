@@ -39,11 +39,23 @@ export function drawCluster(data) {
     parts.push(h("p", {}, h("strong", {}, `${actors.ready ?? 0} of ${actors.wanted ?? "?"}`), " rollout actors ready", words ? ` (${words})` : ""), h("div", { class: "slots", "aria-hidden": "true" }, slots));
   }
   parts.push(h("p", {}, pending.length ? `Waiting for a node: ${pending.map(([what, number]) => count(number, what)).join(", ")}.` : "Nothing waits for a node."));
+  parts.push(...scaling(data.autoscaler));
   if (data.nodes?.length) parts.push(h("div", { class: "scroll" }, h("table", { class: "plain" }, head("node", "CPUs", "GPUs", "state"), h("tbody", {}, data.nodes.map((node) => {
     const state = node.alive === false ? ["poor", "✕ gone"] : node.draining ? ["", "◆ draining"] : ["good", "✓ alive"];
     return h("tr", {}, h("th", { scope: "row" }, h("code", {}, String(node.node).slice(0, 8))), h("td", { class: "figures" }, short(node.cpus)), h("td", { class: "figures" }, short(node.gpus)), h("td", {}, h("span", { class: `tag ${state[0]}` }, state[1])));
   })))));
   body.replaceChildren(...parts);
+}
+
+function scaling(state) {
+  if (!state) return [];
+  const starting = Object.entries(state.starting ?? {}).filter(([, number]) => number);
+  const lines = [starting.length ? `Autoscaler: starting ${starting.map(([kind, number]) => `${number} ${kind}`).join(", ")}.` : "Autoscaler: nothing is starting."];
+  if (state.infeasible) lines.push(`${count(state.infeasible, "request")} fit no kind of node.`);
+  return [
+    h("p", {}, lines.join(" ")),
+    ...(state.failed ?? []).map((one) => h("p", {}, h("span", { class: "tag poor" }, "✕ not started"), ` ${one.kind}: ${one.reason}`)),
+  ];
 }
 
 const EVENTS = {
