@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
-from ray.exceptions import RpcError
+from ray.exceptions import RayError
 
 _DEADLINE_S = 10.0
 FAILED_SHOWN = 3
@@ -26,7 +26,7 @@ def autoscaler_state() -> dict[str, Any]:
     while it cannot be asked."""
     try:
         status = _status()
-    except RpcError:
+    except RayError:
         return {}
     if not status.HasField("autoscaling_state"):
         return {}
