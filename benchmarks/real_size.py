@@ -50,7 +50,7 @@ from policies.weights import adapters
 from trajectories.bfloat16 import BFLOAT16
 from trajectories.records import Cell, Decision, Observation, Outcome, PreferencePair, Trajectory
 
-Method = Literal["lora", "lora-apart", "dora", "dora-apart"]
+Method = Literal["lora", "lora-apart", "dora"]
 Measured = dict[str, float] | None
 GIB = 1 << 30
 PROMPT = "pick up the alphabet soup and place it in the basket"
@@ -150,15 +150,15 @@ def measure(
     for count in batches:
         found |= _passes(policy, observations(count, image_size), timed)
     pair = PreferencePair(
-        chosen=episode(policy, 0, "success", image_size),
-        rejected=episode(policy, 1, "timeout", image_size),
+        chosen=_episode(policy, 0, "success", image_size),
+        rejected=_episode(policy, 1, "timeout", image_size),
     )
     for turn, method in enumerate(methods):
         if turn:  # an adapter cannot be taken off again
             del policy
             _free()
             policy = build()
-        learner = learner_of(policy, method, micro_batch)
+        learner = _learner(policy, method, micro_batch)
         found[f"step_{method}"] = timed(partial(learner.update, [pair], [pair.chosen], []))
         if learner.penalty is not None:
             found[f"penalty_{method}"] = timed(learner.penalty.add_gradients)
@@ -196,11 +196,9 @@ class Drawn(Mapping[str, np.ndarray]):
         return len(self._shapes)
 
 
-def learner_of(policy: Policy, method: Method, micro_batch: int, *, steps: int = 1) -> PreferenceLearner:
-    """A learner of `steps` steps an update."""
-    adapter, _, apart = method.partition("-")
+def _learner(policy: Policy, method: Method, micro_batch: int) -> PreferenceLearner:
     vector = None
-    if apart:
+    if method == "lora-apart":
         vector = Drawn(
             {
                 name: tuple(parameter.shape)
@@ -210,9 +208,9 @@ def learner_of(policy: Policy, method: Method, micro_batch: int, *, steps: int =
         )
     return PreferenceLearner(
         policy,
-        adapter=AdapterPart(method="dora" if adapter == "dora" else "lora", rank=32, alpha=64),
+        adapter=AdapterPart(method="dora" if method == "dora" else "lora", rank=32, alpha=64),
         preference=PreferencePart(
-            reference="start", credit="uniform", demo_weight=0, steps=steps, micro_batch=micro_batch
+            reference="start", credit="uniform", demo_weight=0, steps=1, micro_batch=micro_batch
         ),
         guard=GuardPart(chosen_drop=1e9),
         base_hash="",
@@ -222,7 +220,7 @@ def learner_of(policy: Policy, method: Method, micro_batch: int, *, steps: int =
     )
 
 
-def episode(policy: Policy, seed: int, outcome: Outcome, size: int) -> Trajectory:
+def _episode(policy: Policy, seed: int, outcome: Outcome, size: int) -> Trajectory:
     seen = observations(4, size)
     samples = policy.act(seen, seeds=range(4), temperature=1.0)
     return Trajectory(
