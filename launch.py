@@ -277,7 +277,7 @@ def train_apart(
     overrides: Overrides = None,
     init: Annotated[Path | None, typer.Option(help="weights to fine-tune: a run's checkpoints/start")] = None,
     vector: Annotated[Path | None, typer.Option(help="a vector of these weights, to begin with")] = None,
-    alpha: Annotated[float | None, typer.Option(help="how much of it; default: 1.1")] = None,
+    alpha: Annotated[float | None, typer.Option(help=f"default: {merging.ALPHA}")] = None,
 ) -> None:
     """Fine-tune weights on the recipe's demonstrations and evaluate them: INIT or, with a VECTOR, INIT plus ALPHA times
     that, kept apart from it as the recipe's `capability` part says. The recipe may add an auxiliary objective."""
@@ -287,9 +287,9 @@ def train_apart(
             raise RecipeError("capability train needs --init, the weights to fine-tune")
         if vector is None and alpha is not None:
             raise RecipeError(f"--alpha {alpha:g} without --vector: name the vector that it is of")
-        if vector:
-            root = load_recipe(recipe, changes).root
-            init = merging.merged_once(init, vector, alpha=1.1 if alpha is None else alpha, root=root)
+        if vector is not None:
+            how_much = merging.ALPHA if alpha is None else alpha
+            init = merging.merged_once(init, vector, alpha=how_much, root=load_recipe(recipe, changes).root)
             changes.append(f"capability.vector={vector}")
         changes.append(f"supervised.init={init}")
         result = run_training(load_recipe(recipe, changes))

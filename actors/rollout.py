@@ -219,7 +219,8 @@ class Rollouts:
             except TimeoutError as error:
                 ray.kill(policy, no_restart=False)
                 raise NoAnswerError(
-                    f"a policy actor hung for {self._answer_s:.0f} s, and is ended"
+                    f"a policy actor hung for {self._answer_s:.0f} s, and is ended; raise deadlines.answer_s if it "
+                    "takes longer to load"
                 ) from error
             except RayActorError as error:
                 if isinstance(

@@ -33,7 +33,7 @@ from benchmarks.comparison import START, table
 from benchmarks.learning import check_held, last_version, recipe_hash, rows_of, run_arm
 from configs.loader import RecipeError, load_recipe
 from learners.capability import extract, read_manifest
-from learners.merging import merged_once
+from learners.merging import ALPHA, merged_once
 from trajectories.journal import Journal, read_journal
 
 PRE, FINE = Path("configs/quickstart.yaml"), Path("configs/capability.yaml")
@@ -48,8 +48,6 @@ ONLINE = ("online", "online-apart")
 """A round of rollouts, DPO and likelihood of successes; the same, kept apart from gamma by the cosine penalty."""
 OF_VECTOR = ("merged", "apart", "apart-cosine", "control")
 """Arms that a vector, and so alpha, is a part of."""
-ALPHA = 1.1
-"""The paper's; a table names others."""
 CELLS = {
     "task": "the task fine-tuned on",
     "before": "the tasks before",

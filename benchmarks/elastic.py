@@ -23,13 +23,11 @@ from typing import Annotated, Any
 
 import ray
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from actors.fleet import Fleet
 from actors.nodes import NodeWatch
 from actors.placement import connect
-from benchmarks.fingerprint import software_fingerprint, write_json
+from benchmarks.fingerprint import report
 from tests.elastic import elastic_cluster
 from trajectories.records import Cell
 
@@ -140,15 +138,10 @@ def main(
         connect()
         rows = measure(episode_s, most)
         ray.shutdown()
-    table = Table(title=f"rollout nodes and throughput, episodes of {episode_s:g} s")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
-    if output is not None:
-        settings = {"episode_s": episode_s, "most": most, "release_after_s": RELEASE_AFTER_S}
-        write_json(output, {"settings": settings, "rows": rows, "fingerprint": software_fingerprint()})
+    settings = {"episode_s": episode_s, "most": most, "release_after_s": RELEASE_AFTER_S}
+    report(
+        f"rollout nodes and throughput, episodes of {episode_s:g} s", rows, settings=settings, output=output
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""What a measurement ran on, and the JSON file it is kept in."""
+"""What a measurement ran on, the table it is shown as, and the JSON file it is kept in."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "ray", "mujoco", "robosuite", "hf-libero")
 
@@ -34,6 +36,20 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write one measurement, making its folder; ends with a newline, keys in the order given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def report(
+    title: str, rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str, Any], output: Path | None
+) -> None:
+    """Print rows of one shape as a table and, where asked, keep them with their settings and what they ran on."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    if output is not None:
+        write_json(output, {"settings": settings, "rows": rows, "fingerprint": software_fingerprint()})
 
 
 def _version(package: str) -> str | None:

@@ -28,15 +28,13 @@ import numpy as np
 import psutil
 import ray
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from actors.crew import Crew
 from actors.fleet import Fleet
 from actors.placement import connect
 from actors.run_folder import RunFolder
 from actors.stages import drive
-from benchmarks.fingerprint import software_fingerprint, write_json
+from benchmarks.fingerprint import report
 from benchmarks.processes import own_mib
 from configs.loader import load_recipe
 from configs.preference import PreferencePart
@@ -201,15 +199,8 @@ def main(
             crew.dismiss()
             page.stop()
             folder.release()
-    table = Table(title=f"{number} rollout actors, episodes of {episode_s:g} s")
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
-    if output is not None:
-        settings = {"actors": number, "episode_s": episode_s, "processes": PROCESSES}
-        write_json(output, {"settings": settings, "rows": rows, "fingerprint": software_fingerprint()})
+    settings = {"actors": number, "episode_s": episode_s, "processes": PROCESSES}
+    report(f"{number} rollout actors, episodes of {episode_s:g} s", rows, settings=settings, output=output)
 
 
 if __name__ == "__main__":

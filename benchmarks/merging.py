@@ -24,19 +24,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.fingerprint import software_fingerprint, write_json
+from benchmarks.fingerprint import report
 from benchmarks.processes import peak_bytes
 from benchmarks.published_sizes import openvla_7b
 from learners.capability import extract
-from learners.merging import merge
+from learners.merging import ALPHA, merge
 from policies.weights.shards import BLOCK, Stored, write_shard
 from trajectories.bfloat16 import BFLOAT16
 
+ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 7 * 10**9
-ALPHA = 1.1
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -87,10 +85,12 @@ def work(what: str, base: Path, other: Path, out: Path) -> None:
 
 
 def measured(what: str, base: Path, other: Path, out: Path) -> dict[str, Any]:
+    """What `extract` or `merge` takes of `base` and the other (absolute paths), in a process of its own."""
     code = "import sys; from pathlib import Path; from benchmarks.merging import work; "
     code += "work(sys.argv[1], *map(Path, sys.argv[2:]))"
     command = [sys.executable, "-c", code, what, *map(str, (base, other, out))]
-    said = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    said = json.loads(done.stdout)
     shard = max(file.stat().st_size for file in base.glob("*.safetensors"))
     return {
         "step": what,
@@ -124,15 +124,8 @@ def main(
         found = [measured("extract", base, aux, gamma)]
         shutil.rmtree(aux)
         found.append(measured("merge", base, gamma, merged))
-    table = Table(title=f"a model of {model / 2e9:.2f} B weights in bfloat16")
-    for name in found[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in found:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
-    if output is not None:
-        settings = {"layers": layers, "weights": model // 2, "block": BLOCK}
-        write_json(output, {"settings": settings, "rows": found, "fingerprint": software_fingerprint()})
+    settings = {"layers": layers, "weights": model // 2, "block": BLOCK}
+    report(f"a model of {model / 2e9:.2f} B weights in bfloat16", found, settings=settings, output=output)
 
 
 if __name__ == "__main__":

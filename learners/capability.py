@@ -223,17 +223,19 @@ def read_manifest(vector: str | Path) -> Manifest:
         raise CapabilityError(f"{vector} is no capability vector: it has no {MANIFEST}")
     try:
         content = read_json(file)
-        if content.pop("format") != FORMAT:
-            raise CapabilityError(f"{file} has another format, expected {FORMAT}; extract the vector again")
+    except ValueError as error:
+        raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
+    if content.pop("format", None) != FORMAT:
+        raise CapabilityError(f"{file} has another format, expected {FORMAT}; extract the vector again")
+    try:
+        # Of JSON, for strictly a list is no Sequence and an object no dataclass.
         return _MANIFEST.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
+        where = ".".join(map(str, first["loc"]))
         raise CapabilityError(
             f"{file} is not a capability vector's: {where}: {first['msg']}; extract it again"
         ) from error
-    except (ValueError, KeyError) as error:
-        raise CapabilityError(f"{file} is not a capability vector's: {error}; extract it again") from error
 
 
 def _recipe_hash(weights: Path) -> str:

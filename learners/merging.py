@@ -26,6 +26,9 @@ from policies.weights.shards import ShardFolder
 from trajectories.bfloat16 import narrow, widen
 from trajectories.hashing import TensorDigest, root_hash
 
+ALPHA = 1.1
+"""How much of a vector the paper adds."""
+
 
 def merge(base: str | Path, vector: str | Path, *, alpha: float, out: str | Path) -> str:
     """Write theta_meta = theta_pre + alpha gamma (Eq. 4) to the folder `out`, with `base`'s dtypes, files and
@@ -128,7 +131,7 @@ def _added(base: np.ndarray, gamma: np.ndarray, alpha: float) -> np.ndarray:
 
 def _require_finite(alpha: float) -> None:
     if not math.isfinite(alpha):
-        raise CapabilityError(f"alpha is {alpha}, expected a finite number; the paper's is 1.1")
+        raise CapabilityError(f"alpha is {alpha}, expected a finite number; the paper's is {ALPHA}")
 
 
 def _require_base(base: ShardFolder, vector: Path) -> Manifest:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.merging import measured
 from configs.loader import dump_recipe, load_recipe
 from learners.capability import CapabilityError, extract, read_manifest
 from learners.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -293,22 +292,6 @@ def test_rows_in_blocks_give_what_the_whole_gives(
         assert parts.layers[name].inner == pytest.approx(layer.inner, rel=1e-5, abs=1e-6)
 
 
-_PEAK = """
-import pathlib, re, sys
-from learners.capability import extract
-from learners.merging import merge
-def peak():  # bytes; unlike ru_maxrss it begins with this program, not with the one that started it
-    return 1024 * int(re.search("VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-what, base, other, out = sys.argv[1:]
-before = peak()
-if what == "extract":
-    extract(base, sft=base, aux=other, out=out)
-else:
-    merge(base, other, alpha=1.1, out=out)
-print(peak() - before)
-"""
-
-
 @pytest.mark.parametrize("rows", [1024, 65536])
 def test_neither_extracting_nor_merging_takes_the_memory_of_a_shard(tmp_path: Path, rows: int) -> None:
     """Two shards of 128 MiB, as a model of 7 B weights has three of gigabytes: of many tensors, or of one alone, which
@@ -321,9 +304,6 @@ def test_neither_extracting_nor_merging_takes_the_memory_of_a_shard(tmp_path: Pa
     base, aux = folder(tmp_path / "base", tensors), tmp_path / "aux"
     folder(aux, {n: t + 1 for n, t in tensors.items()})
     del tensors
-    shard = max(file.stat().st_size for file in base.glob("*.safetensors"))
     gamma, merged = tmp_path / "gamma", tmp_path / "merged"
     for asked in (("extract", base, aux, gamma), ("merge", base, gamma, merged)):
-        command = [sys.executable, "-c", _PEAK, *map(str, asked)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-        assert 0 < int(said) < shard, asked[0]
+        assert 0 < measured(*asked)["of_a_shard"] < 1, asked[0]
