@@ -40,6 +40,10 @@ class Member:
     """Why the fleet ended it, until its death is noted."""
     strikes: int = 0
     node: str = ""
+    process: int = 0
+    """That said last where it is; 0: none has."""
+    ended: tuple[str, int] | None = None
+    """Node and process that the fleet killed last."""
     draining: bool = False
     wanted: tuple[str, int] | None = None
     """The task of the simulator that was freed last."""
@@ -107,10 +111,14 @@ class Members:
             except RayActorError:
                 member.away = _introduction(member.actor)
                 continue
+            if isinstance(said, dict) and (said["node"], said["process"]) == member.ended:
+                # Ray ends a process some time after it was told to: this is the old one still.
+                member.away = _introduction(member.actor)
+                continue
             member.away, member.draining = None, False
             member.idle_since = time.monotonic()
             if isinstance(said, dict):
-                member.node = said["node"]
+                member.node, member.process = said["node"], said["process"]
                 if said["last_words"]:
                     self._on_event(
                         {"event": "last_words", "actor": member.index, "reason": said["last_words"]}
@@ -129,7 +137,7 @@ class Members:
 
     def kill(self, member: Member, reason: str) -> None:
         """End an actor's process; Ray starts another, and its cells are heard of as lost."""
-        member.killed = reason
+        member.killed, member.ended = reason, (member.node, member.process)
         ray.kill(member.actor, no_restart=False)
 
     def strike(self, member: Member, reason: str) -> None:

@@ -116,9 +116,10 @@ class Rollouts:
         )
         self._asked = 0
 
-    async def introduce(self) -> dict[str, str]:
-        """The node that this actor is on, and what the process that it replaces was doing when it died."""
-        return {"node": ray.get_runtime_context().get_node_id(), "last_words": self._deadlines.last_words}
+    async def introduce(self) -> dict[str, Any]:
+        """The node that this actor is on, its process, and what the process that it replaces did when it died."""
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": node, "process": os.getpid(), "last_words": self._deadlines.last_words}
 
     async def rollout(
         self, cell: Cell, *, policies: Sequence[Any], version: int, temperature: float

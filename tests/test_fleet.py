@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,42 @@ def test_a_death_that_is_heard_of_after_the_restart_counts_once() -> None:
             ray.get(worker.__ray_ready__.options(max_task_retries=-1).remote())  # and another takes its place
     deaths_alone = 3
     assert sum(e["event"] == "actor_restarted" for e in events) == 1 + deaths_alone
+
+
+@ray.remote
+class Introducing:
+    """A rollout actor's shell that says where it is."""
+
+    def introduce(self) -> dict[str, Any]:
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": node, "process": os.getpid(), "last_words": ""}
+
+
+class Leaving:
+    """Of a node watch: every node is about to go."""
+
+    def look(self) -> set[str]:
+        return {node["NodeID"] for node in ray.nodes()}
+
+
+def test_an_actor_that_was_moved_is_back_only_as_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[dict[str, Any]] = []
+    worker = Introducing.options(num_cpus=0.1, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
+    members = Members([worker], slots=1, on_event=events.append, nodes=Leaving())  # type: ignore[arg-type]
+    member = next(iter(members))
+    while member.away is not None:
+        members.greet()
+    kill, killed = ray.kill, threading.Event()
+    monkeypatch.setattr(ray, "kill", lambda *args, **kwargs: killed.set())  # told, and not heard of for a second
+    old = member.process
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        members.watch(busy=set())
+        members.greet()
+    assert killed.is_set() and member.away is not None
+    assert [e["reason"] for e in events] == [f"its node {member.node[:8]} is about to go"]
+    kill(worker, no_restart=False)
+    while member.away is not None:
+        members.greet()
+    assert member.process != old
+    kill(worker)
