@@ -223,7 +223,8 @@ def test_an_actor_that_was_moved_is_back_only_as_another_process(monkeypatch: py
     while time.monotonic() < deadline:
         members.watch(busy=set())
         members.greet()
-    assert killed.is_set() and member.away is not None
+    assert killed.is_set()
+    assert member.away is not None
     assert [e["reason"] for e in events] == [f"its node {member.node[:8]} is about to go"]
     kill(worker, no_restart=False)
     while member.away is not None:
