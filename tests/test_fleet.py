@@ -217,7 +217,9 @@ def test_an_actor_that_was_moved_is_back_only_as_another_process(monkeypatch: py
     while member.away is not None:
         members.greet()
     kill, killed = ray.kill, threading.Event()
-    monkeypatch.setattr(ray, "kill", lambda *args, **kwargs: killed.set())  # told, and not heard of for a second
+    monkeypatch.setattr(
+        ray, "kill", lambda *args, **kwargs: killed.set()
+    )  # told, and not heard of for a second
     old = member.process
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
