@@ -18,11 +18,12 @@ from configs.supervised import CapabilityPart, SupervisedPart
 from learners.capability import Vector, read_manifest
 from learners.checkpoint import keep_newest, load_checkpoint, newest_valid, save_checkpoint
 from learners.lineage import STATES, states_seen
-from learners.orthogonality import FullPenalty
+from learners.orthogonality import AdapterPenalty, FullPenalty
 from learners.preference import PreferenceLearner, UpdateReport
 from learners.supervised import SupervisedLearner
 from policies.make import make_policy
 from policies.published import weight_names
+from policies.weights import adapters
 from policies.weights.snapshots import state_tensors
 from trajectories.records import AdapterWeights, PreferencePair, Trajectory, WeightSnapshot
 
@@ -99,13 +100,18 @@ class Learner:
         if part.init is not None:
             self._fill(part.init)
         if part.steps:
-            penalty = None
+            module, penalty = self._policy.module, None
+            if part.trains == "adapter":
+                adapters.attach(module, self._adapter, seed=self._seed, decoders=self._policy.adapted)
             if (vector := self._vector()) is not None:
-                penalty = FullPenalty(self._policy.module, self._capability, vector)
+                kind = AdapterPenalty if part.trains == "adapter" else FullPenalty
+                penalty = kind(module, self._capability, vector)
             learner = SupervisedLearner(
                 self._policy, part, seed=self._seed, demos=self._demos, penalty=penalty
             )
             metrics = self._fit(learner, Path(folder).parent / UNFINISHED)
+            if part.trains == "adapter":
+                log.info("the adapter is merged into the start, drift %.2g", adapters.merge_in(module))
         seen = {demo.cell.init_state for demo in self._demos} if part.steps else set()
         if part.steps and self._capability.vector and self._capability.weight:
             seen |= set(read_manifest(self._capability.vector).init_states)

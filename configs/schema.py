@@ -174,16 +174,27 @@ class Recipe(Part):
             raise ValueError(
                 "supervised.steps=0 starts from random weights; name published ones as policy.checkpoint, or train"
             )
-        if steps and policy.dtype == "bfloat16":
+        if self.supervised.trains == "adapter":
+            if steps and policy.checkpoint is None and self.supervised.init is None:
+                raise ValueError(
+                    "supervised.trains=adapter on random weights; name trained ones as supervised.init or "
+                    "policy.checkpoint, or set supervised.trains=weights"
+                )
+        elif steps and policy.dtype == "bfloat16":
             raise ValueError(
                 f"supervised.steps={steps} on policy.dtype=bfloat16: its resolution swallows AdamW's small steps; set "
-                "supervised.steps=0, or policy.dtype=float32"
+                "supervised.trains=adapter, supervised.steps=0, or policy.dtype=float32"
             )
         return self
 
     @model_validator(mode="after")
     def _adapter_begins_at_the_base(self) -> Recipe:
         adapter = self.adapter
+        if adapter.dropout and self.supervised.trains == "adapter":
+            raise ValueError(
+                f"adapter.dropout={adapter.dropout} with supervised.trains=adapter: the supervised start trains merged "
+                "weights, which dropout is no part of; set adapter.dropout=0"
+            )
         if adapter.method == "dora" and adapter.dropout and self.policy.dtype == "bfloat16":
             raise ValueError(
                 f"adapter.dropout={adapter.dropout} with adapter.method=dora on policy.dtype=bfloat16: peft's forward "
@@ -194,12 +205,22 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _capability_fits(self) -> Recipe:
+        supervised = self.supervised
         if self.capability.weight and self.capability.penalty == "elementwise" and self.rollouts.rounds:
             raise ValueError(
                 f"capability.penalty=elementwise with rollouts.rounds={self.rollouts.rounds}: a round trains an "
                 "adapter, whose change is never multiplied out; set capability.penalty=cosine, or rollouts.rounds=0"
             )
-        for name, value in (("init", self.supervised.init), ("auxiliary", self.supervised.auxiliary)):
+        if (
+            self.capability.weight
+            and self.capability.penalty == "elementwise"
+            and supervised.trains == "adapter"
+        ):
+            raise ValueError(
+                "capability.penalty=elementwise with supervised.trains=adapter, whose change is never multiplied out; "
+                "set capability.penalty=cosine, or supervised.trains=weights"
+            )
+        for name, value in (("init", supervised.init), ("auxiliary", supervised.auxiliary)):
             if self.policy.checkpoint is not None and value not in (None, "none"):
                 raise ValueError(
                     f"supervised.{name}={value} is for policies made here; unset policy.checkpoint"

@@ -10,7 +10,7 @@ from configs.part import Part
 
 
 class SupervisedPart(Part):
-    """Supervised start: maximum likelihood on the demonstrations, of every weight."""
+    """Supervised start: maximum likelihood on the demonstrations."""
 
     steps: int = Field(
         2000,
@@ -30,6 +30,11 @@ class SupervisedPart(Part):
         description="folder of the weights that training begins with, of the same policy: a run's checkpoints/start, "
         "or what `capability merge` made; none: weights drawn by the seed, or policy.checkpoint",
     )
+    trains: Literal["weights", "adapter"] = Field(
+        "weights",
+        description="`weights`, all of them; `adapter`, a low-rank one as under adapter, on the weights of init or "
+        "policy.checkpoint, merged into them at the end",
+    )
     auxiliary: Literal["none", "spatial", "future"] = Field(
         "none",
         description="what visual tokens are trained on beside the actions: `spatial`, how far what they show lies; "
@@ -45,6 +50,15 @@ class SupervisedPart(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _adapter_reaches_the_objective(self) -> SupervisedPart:
+        if self.trains == "adapter" and self.auxiliary != "none":
+            raise ValueError(
+                f"supervised.auxiliary={self.auxiliary} trains visual tokens, which an adapter leaves as they are; set "
+                "supervised.trains=weights, or supervised.auxiliary=none"
+            )
+        return self
+
 
 class CapabilityPart(Part):
     """What training keeps apart from: a capability vector (CapVector, arXiv 2605.10903)."""
@@ -54,7 +68,7 @@ class CapabilityPart(Part):
     )
     penalty: Literal["none", "elementwise", "cosine"] = Field(
         "elementwise",
-        description="`elementwise`: the paper's sum of |gamma_ij delta_ij|, of whole weights (the supervised start) "
+        description="`elementwise`: the paper's sum of |gamma_ij delta_ij|, of a supervised start of whole weights "
         "only; `cosine`: mean squared cosine of gamma and delta by weight, of an adapter's change too",
     )
     penalty_weight: float | None = Field(

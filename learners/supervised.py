@@ -1,4 +1,4 @@
-"""The supervised start: maximum likelihood on demonstrations, every weight of the policy trained."""
+"""The supervised start: maximum likelihood on demonstrations, of every weight of the policy or of an adapter on it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from learners.decisions import concatenate, stack, take
 from learners.orthogonality import OrthogonalPenalty
 from policies.encoding.observations import shift_images
 from policies.protocol import DecisionBatch, Policy
+from policies.weights import adapters
 from policies.weights.snapshots import to_array, to_tensor
 from trajectories.records import Trajectory
 
 
 class SupervisedLearner:
-    """Trains a policy in place. The same seed, demonstrations and thread count give the same weights.
+    """Trains in place what of a policy requires a gradient: every weight, or the adapter that is attached to it. The
+    same seed, demonstrations and thread count give the same weights.
 
     Example:
         learner = SupervisedLearner(policy, part, seed=0, demos=demos)
@@ -153,15 +155,16 @@ class SupervisedLearner:
         part, policy = self._part, self._policy
         noise_keys = torch.randint(2**62, (part.batch_size,), generator=self._noise)
         extra: dict[str, float] = {}
-        if self._auxiliary is None:
-            loss = total = policy.sft_loss(batch, noise_keys=noise_keys)
-        else:
-            tokens = policy.encode_context(batch)
-            loss = policy.sft_loss(batch, tokens, noise_keys=noise_keys)
-            auxiliary = self._auxiliary.loss(tokens, rows, shift=part.image_shift, generator=images)
-            total = loss + part.auxiliary_weight * auxiliary
-            extra["auxiliary_loss"] = auxiliary.item()
-        total.backward()
+        with adapters.merged_forward(policy.module):
+            if self._auxiliary is None:
+                loss = total = policy.sft_loss(batch, noise_keys=noise_keys)
+            else:
+                tokens = policy.encode_context(batch)
+                loss = policy.sft_loss(batch, tokens, noise_keys=noise_keys)
+                auxiliary = self._auxiliary.loss(tokens, rows, shift=part.image_shift, generator=images)
+                total = loss + part.auxiliary_weight * auxiliary
+                extra["auxiliary_loss"] = auxiliary.item()
+            total.backward()
         if self._penalty is not None:
             extra |= self._penalty.add_gradients()
         return loss, extra

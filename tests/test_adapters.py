@@ -49,10 +49,12 @@ def logits(model: LlamaForCausalLM) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-def trained(method: str) -> tuple[LlamaForCausalLM, dict[str, np.ndarray]]:
+def trained(
+    method: str, dtype: torch.dtype = torch.float32
+) -> tuple[LlamaForCausalLM, dict[str, np.ndarray]]:
     """A model with a non-trivial adapter, and its base arrays."""
-    model = tiny_llama()
-    base = arrays(model)
+    model = tiny_llama().to(dtype)
+    base = state_tensors(model)
     adapters.attach(model, AdapterPart(method=method, rank=4, alpha=8), seed=0, decoders=["model"])
     torch.manual_seed(1)
     with torch.no_grad():
@@ -118,6 +120,30 @@ def test_merge_equals_peft(method: str) -> None:
         np.testing.assert_allclose(array, want[name], rtol=0, atol=1e-6, err_msg=name)
     changed = {name for name in base if not np.array_equal(merged[name], base[name])}
     assert changed == {f"{layer}.weight" for layer in adapter.factors}
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_in_it_is_gone_and_the_network_computes_what_both_did(method: str, dtype: torch.dtype) -> None:
+    model, base = trained(method, dtype)
+    names = [name for name, _ in tiny_llama().named_parameters()]
+    want, expected = logits(model), merging.merge(base, adapters.extract(model, base_hash=""))
+    drift = adapters.merge_in(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not list(adapters.adapted_layers(model))
+    for name, array in state_tensors(model).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    resolution = 1e-6 if dtype == torch.float32 else 4e-3
+    assert 0 < drift < resolution
+    torch.testing.assert_close(logits(model), want, rtol=0, atol=100 * resolution * want.abs().max().item())
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged_in() -> None:
+    model, _ = trained("lora")
+    with torch.no_grad():
+        adapters.parameters(model)["model.layers.1.mlp.up_proj.B"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"factor B of model.layers.1.mlp.up_proj is not finite"):
+        adapters.merge_in(model)
 
 
 def test_some_linears_may_be_left_alone() -> None:

@@ -122,6 +122,22 @@ def test_the_command_fine_tunes_apart_from_a_vector_element_by_element(root: Pat
     assert "was extracted from the base" in refused.stderr
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_is_fine_tuned_apart_from_the_vector_and_merged_into_the_start(
+    root: Path, vector: Path, method: str
+) -> None:
+    base, name = start(root, "base"), f"apart-{method}"
+    settings = [*LITTLE, f"root={root}", f"name={name}", "rollouts.rounds=0", f"supervised.init={base}"]
+    settings += ["supervised.trains=adapter", f"adapter.method={method}", "supervised.lr=0.01"]
+    train(load_recipe(TINY, [*settings, f"capability.vector={vector}", "capability.penalty=cosine"]))
+    (supervised,) = metrics(root / name, "supervised")
+    assert 0 < supervised["orthogonal_penalty"] < 1
+    assert 0 < abs(supervised["vector_cosine_most"]) < 1
+    before, after = (load_checkpoint(folder)[0] for folder in (base, start(root, name)))
+    changed = {n for n in before if not np.array_equal(before[n], after[n])}
+    assert changed == {n for n in before if ".layers." in n and "language" in n and "_proj" in n}
+
+
 def test_what_is_not_of_this_policy_is_refused_before_any_actor_starts(root: Path, vector: Path) -> None:
     alone = [*LITTLE, f"root={root}", "name=other", "rollouts.rounds=0", "policy.decoder.width=32"]
     for setting in (f"supervised.init={start(root, 'base')}", f"capability.vector={vector}"):

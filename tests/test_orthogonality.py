@@ -237,6 +237,27 @@ def test_what_an_adapter_cannot_do_is_refused() -> None:
         ),
         ("quickstart", ["supervised.init=base", "supervised.steps=0"], "supervised.steps=0 trains nothing"),
         ("ddvla_libero", ["supervised.auxiliary=spatial"], "auxiliary=spatial is for policies made here"),
+        ("quickstart", ["supervised.trains=adapter"], "trains=adapter on random weights; name trained ones"),
+        (
+            "capability",
+            ["supervised.trains=adapter", "supervised.init=base", "capability.vector=gamma"],
+            "penalty=elementwise with supervised.trains=adapter, whose change",
+        ),
+        (
+            "capability",
+            ["supervised.trains=adapter", "supervised.init=base", "supervised.auxiliary=future"],
+            "auxiliary=future trains visual tokens, which an adapter leaves as they are",
+        ),
+        (
+            "capability",
+            ["supervised.trains=adapter", "supervised.init=base", "adapter.dropout=0.1"],
+            "adapter.dropout=0.1 with supervised.trains=adapter: .* set adapter.dropout=0",
+        ),
+        (
+            "openvla_libero",
+            ["supervised.steps=10"],
+            "swallows AdamW's small steps; set supervised.trains=adapter",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(recipe: str, changes: list[str], message: str) -> None:

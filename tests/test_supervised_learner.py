@@ -19,8 +19,10 @@ from actors.placement import connect
 from configs.preference import GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
 from learners.checkpoint import load_checkpoint
+from learners.decisions import stack
 from learners.supervised import SupervisedLearner, schedule
 from policies.protocol import Policy
+from policies.weights import adapters
 from tests.learning import ADAPTER, PART, SIZE, demonstration, new_policy
 from trajectories.hashing import weights_hash
 
@@ -52,6 +54,37 @@ def test_supervised_training_repeats_to_the_bit() -> None:
     first, second, other = train(0), train(0), train(1)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_is_trained_alone_and_is_part_of_the_weights_in_the_end(method: str) -> None:
+    def train(steps: int) -> tuple[Policy, list[float]]:
+        policy, losses = new_policy(), []
+        part = SupervisedPart(
+            steps=steps, batch_size=6, lr=2e-2, warmup_steps=5, image_shift=0, trains="adapter"
+        )
+        with_method = ADAPTER.model_copy(update={"method": method})
+        adapters.attach(policy.module, with_method, seed=0, decoders=policy.adapted)
+        learner = SupervisedLearner(policy, part, seed=0, demos=[demonstration(4)])
+        learner.fit(on_step=lambda step, metrics: losses.append(metrics["loss"]))
+        with torch.no_grad():
+            before = policy.score(stack(policy, demonstration(4)))
+            adapters.merge_in(policy.module)
+            torch.testing.assert_close(
+                policy.score(stack(policy, demonstration(4))), before, rtol=0, atol=1e-3
+            )
+        return policy, losses
+
+    policy, losses = train(60)
+    assert losses[-1] < 0.5 * losses[0]
+    start, left = new_policy().module.state_dict(), policy.module.state_dict()
+    assert start.keys() == left.keys()
+    changed = {name for name in start if not torch.equal(start[name], left[name])}
+    assert changed == {
+        name for name in start if ".layers." in name and "language" in name and "_proj" in name
+    }
+    again, _ = train(60)
+    assert all(torch.equal(left[name], tensor) for name, tensor in again.module.state_dict().items())
 
 
 def test_supervised_training_without_demonstrations_is_refused() -> None:

@@ -6,7 +6,7 @@ LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353. peft owns the trained parameters
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +15,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as AdaptedLinear
 
 from configs.preference import AdapterPart
+from policies.weights.merging import drift, merge
+from policies.weights.snapshots import to_array, to_tensor
 from trajectories.records import AdapterWeights
 
 _NAME = "default"
@@ -140,8 +142,12 @@ def _merged_weight(layer: AdaptedLinear) -> torch.Tensor:
 
 def extract(module: torch.nn.Module, *, base_hash: str) -> AdapterWeights:
     """Copy the adapter out, float32. Raises ValueError naming the first factor that is not finite."""
+    return _extracted(dict(adapted_layers(module)), base_hash=base_hash)
+
+
+def _extracted(layers: Mapping[str, AdaptedLinear], *, base_hash: str) -> AdapterWeights:
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, layer in adapted_layers(module):
+    for name, layer in layers.items():
         found[name] = {key: _array(parameter) for key, parameter in factors(layer).items()}
         for key, array in found[name].items():
             if not np.isfinite(array).all():
@@ -152,6 +158,25 @@ def extract(module: torch.nn.Module, *, base_hash: str) -> AdapterWeights:
         base_hash=base_hash,
         factors=found,
     )
+
+
+@torch.no_grad()
+def merge_in(module: torch.nn.Module) -> float:
+    """Merge the adapter into the weights that it is on and take it off, in place: layers and names are those from
+    before `attach`, and every weight stays frozen. Returns the merge's `drift`. Raises ValueError naming a factor that
+    is not finite, and MergeError as `merge` and `drift` do."""
+    largest = 0.0
+    for name, layer in list(adapted_layers(module)):  # one at a time: together they are most of the network
+        plain = layer.get_base_layer()
+        weight = plain.get_parameter("weight")
+        adapter = _extracted({name: layer}, base_hash="")
+        before = {f"{name}.weight": to_array(weight)}
+        after = merge(before, adapter)
+        largest = max(largest, drift(before, after, adapter))
+        weight.copy_(to_tensor(after[f"{name}.weight"]))
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, plain)
+    return largest
 
 
 def load(module: torch.nn.Module, weights: AdapterWeights) -> None:
