@@ -280,19 +280,44 @@ def test_published_weights_are_the_reference_and_are_learned_from(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_supervised_start_goes_on_from_published_weights(kind: str, known: dict[str, PolicyPart]) -> None:
-    policy, rng = made(known[kind]), np.random.default_rng(0)
-    demo = episode(policy, seed=0, outcome="success", length=4)
-    scripted = [
-        replace(d, sample=replace(d.sample, actions=rng.uniform(-1, 1, (CHUNKS[kind], 7))))
-        for d in demo.decisions
-    ]
-    demo = replace(demo, decisions=tuple(scripted), policy_version=-1)
+    policy = made(known[kind])
     part = SupervisedPart(steps=20, batch_size=4, lr=3e-3, warmup_steps=2)
-    learner = SupervisedLearner(policy, part, seed=0, demos=[demo])
+    learner = SupervisedLearner(policy, part, seed=0, demos=[scripted(policy, kind)])
     losses: list[float] = []
     learner.fit(on_step=lambda _, metrics: losses.append(metrics["loss"]))
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
     assert all(p.grad is None for p in policy.module.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_trained_on_bfloat16_weights_that_stay_bfloat16(
+    kind: str, known: dict[str, PolicyPart]
+) -> None:
+    policy = made(known[kind].model_copy(update={"dtype": "bfloat16"}))
+    before = state_tensors(policy.module)
+    adapters.attach(policy.module, AdapterPart(rank=4, alpha=8), seed=0, decoders=policy.adapted)
+    part = SupervisedPart(steps=20, batch_size=4, lr=2e-2, warmup_steps=2, trains="adapter")
+    learner = SupervisedLearner(policy, part, seed=0, demos=[scripted(policy, kind)])
+    losses: list[float] = []
+    learner.fit(on_step=lambda _, metrics: losses.append(metrics["loss"]))
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert 0 < adapters.merge_in(policy.module) < 0.01
+    after = state_tensors(policy.module)
+    assert {name: a.dtype for name, a in after.items()} == {name: a.dtype for name, a in before.items()}
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert all(any(name.startswith(f"{decoder}.layers.") for decoder in policy.adapted) for name in changed)
+
+
+def scripted(policy: Policy, kind: str) -> Trajectory:
+    """A demonstration of random actions."""
+    rng = np.random.default_rng(0)
+    demo = episode(policy, seed=0, outcome="success", length=4)
+    decisions = [
+        replace(d, sample=replace(d.sample, actions=rng.uniform(-1, 1, (CHUNKS[kind], 7))))
+        for d in demo.decisions
+    ]
+    return replace(demo, decisions=tuple(decisions), policy_version=-1)
 
 
 def decided(trajectory: Trajectory) -> tuple[list[Any], list[np.ndarray]]:
