@@ -22,8 +22,7 @@ from configs.schema import Recipe
 from policies.openvla.checkpoint import OpenVLAFolder, open_openvla
 from policies.openvla.network import OpenVLA
 from tests import openvla_tiny, published_tiny
-
-TINY = Path(__file__).parent / "recipes" / "one_task.yaml"
+from tests.driven import CHANGES, TINY
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +40,14 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     train(load_recipe(TINY, [f"root={root}"]))
     yield root / "one-task"
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def clean_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two rounds in which nothing is killed: what runs with kills have to end like."""
+    root = tmp_path_factory.mktemp("clean")
+    train(load_recipe(TINY, [*CHANGES, f"start={trained_run}", f"root={root}", "name=clean"]))
+    return root / "clean"
 
 
 @pytest.fixture

@@ -16,24 +16,10 @@ from typing import Any
 import pytest
 
 from actors.checks import recipe_to_resume
-from actors.pipeline import train
 from configs.loader import RecipeError, load_recipe
 from configs.schema import Recipe
-from tests.driven import ROOT, TINY, count, episodes, hashes
+from tests.driven import CHANGES, ROOT, TINY, assert_ended_alike, count
 from trajectories.journal import read_journal
-
-CHANGES = [
-    # Other states than the start's own run has driven, which would not be driven again.
-    "tasks.train_init_states=[4..9]",
-    "tasks.held_out_init_states=[40,41]",
-    "guard.canary_episodes=8",
-    "guard.chosen_drop=1000",
-    "preference.steps=30",
-    "rollouts.rounds=2",
-    # The answers to a batch depend in their last bits on who else is in it.
-    "serving.max_batch=1",
-    "rollouts.init_states_per_round=2",
-]
 
 
 def start_driver(*arguments: str) -> subprocess.Popen[bytes]:
@@ -59,11 +45,10 @@ def kill_when(driver: subprocess.Popen[bytes], due: Callable[[], bool]) -> None:
 @pytest.mark.ray
 @pytest.mark.libero
 def test_a_run_whose_driver_is_killed_again_and_again_ends_like_one_that_was_not(
-    trained_run: Path, tmp_path: Path
+    trained_run: Path, clean_run: Path, tmp_path: Path
 ) -> None:
     changes = [*CHANGES, f"start={trained_run}", f"root={tmp_path}"]
-    train(load_recipe(TINY, [*changes, "name=clean"]))
-    clean, run = tmp_path / "clean", tmp_path / "killed"
+    run = tmp_path / "killed"
 
     kill_when(start_driver(str(TINY), *changes, "name=killed"), lambda: count(run, "rollout") >= 3)
     kill_when(start_driver("--resume", str(run)), lambda: count(run, "canary") >= 3)
@@ -71,16 +56,10 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_like_one_that_was_not
     printed, _ = last.communicate(timeout=300)
     assert last.returncode == 0
 
-    assert episodes(run) == episodes(clean)
-    assert set(episodes(run).values()) == {1}
-    assert hashes(run) == hashes(clean)
-    stored = [{path.name for path in (folder / "trajectories").glob("*")} for folder in (run, clean)]
-    assert stored[0] == stored[1]
-    pairs = [{p["pair_id"] for p in read_journal(folder / "pairs.jsonl")} for folder in (run, clean)]
-    assert pairs[0] == pairs[1] != set()
+    assert_ended_alike(run, clean_run)
     timeless = (
         {k: v for k, v in json.loads(text).items() if k not in ("env_steps_per_s", "wall_s")}
-        for text in (printed.decode(), (clean / "result.json").read_text())
+        for text in (printed.decode(), (clean_run / "result.json").read_text())
     )
     assert next(timeless) == next(timeless)
     resumed = [e for e in read_journal(run / "events.jsonl") if e["event"] == "resumed"]
