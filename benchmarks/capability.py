@@ -40,14 +40,18 @@ PRE, FINE = Path("configs/quickstart.yaml"), Path("configs/capability.yaml")
 EXTRACTED_ON, USED_ON, BEFORE = "[3]", "[5]", "[0,8]"
 ROLLED_OUT, LEFT_ALONE = 0, 8
 """Of the tasks of `pre`: the one of the online round, and the other."""
-ARMS = ("sft", "auxiliary", "merged", "apart", "apart-cosine", "control")
+ARMS = ("sft", "auxiliary", "merged", "apart", "apart-cosine", "control", "adapter", "adapter-apart")
 """`sft`: plain fine-tuning; `auxiliary`: with the auxiliary objective; `merged`: plain, from pre + alpha gamma;
 `apart` and `apart-cosine`: the same, kept apart from gamma by either penalty; `control`: as `merged`, with the control
-vector."""
+vector; `adapter`: as `sft`, of an adapter; `adapter-apart`: as `apart-cosine`, of one."""
+ADAPTER_LR = 2e-3
+"""Four times that of whole weights; no other was compared."""
 ONLINE = ("online", "online-apart")
 """A round of rollouts, DPO and likelihood of successes; the same, kept apart from gamma by the cosine penalty."""
-OF_VECTOR = ("merged", "apart", "apart-cosine", "control")
+OF_VECTOR = ("merged", "apart", "apart-cosine", "control", "adapter-apart")
 """Arms that a vector, and so alpha, is a part of."""
+PLAIN = (START, "sft", "adapter", "online")
+"""Arms without an auxiliary objective."""
 CELLS = {
     "task": "the task fine-tuned on",
     "before": "the tasks before",
@@ -105,11 +109,14 @@ class Study:
         """An arm and what else sets its runs apart."""
         weighed = "" if self.weight is None or "apart" not in arm else f"-w{self.weight:g}"
         of_vector = f"{arm}-{self.auxiliary}-{self.alpha:g}{weighed}"
-        return {"sft": arm, "auxiliary": f"{arm}-{self.auxiliary}"}.get(arm, of_vector)
+        return {"sft": arm, "adapter": arm, "auxiliary": f"{arm}-{self.auxiliary}"}.get(arm, of_vector)
 
     def settings(self, arm: str, vectors: Mapping[str, Path]) -> list[str]:
         """What an arm changes in the fine-tuning on the third task."""
         pre = self.start("pre")
+        if arm.startswith("adapter"):
+            adapter = ["supervised.trains=adapter", f"supervised.lr={ADAPTER_LR}"]
+            return [*self.settings({"adapter": "sft"}.get(arm, "apart-cosine"), vectors), *adapter]
         if arm in ("sft", "auxiliary"):
             auxiliary = [f"supervised.auxiliary={self.auxiliary}"] if arm == "auxiliary" else []
             return [f"supervised.init={pre}", *auxiliary]
@@ -176,16 +183,16 @@ class Study:
         vector = arm in OF_VECTOR
         return {
             "steps": steps,
-            "auxiliary": None if arm in (START, "sft", "online") else self.auxiliary,
+            "auxiliary": None if arm in PLAIN else self.auxiliary,
             "alpha": self.alpha if vector else None,
-            "weight": self.weight if arm in ("apart", "apart-cosine") else None,
+            "weight": self.weight if arm in ("apart", "apart-cosine", "adapter-apart") else None,
         }
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What sets one run's outcomes apart from another's."""
     own = ["arm", "training_seed", "steps", "cells"]
-    own += ["auxiliary"] if row["arm"] not in (START, "sft", "online") else []
+    own += ["auxiliary"] if row["arm"] not in PLAIN else []
     own += ["alpha"] if row["arm"] in OF_VECTOR else []
     return (*(row.get(name) for name in own), row.get("weight"))
 
@@ -236,7 +243,7 @@ def shown(row: Mapping[str, Any]) -> str:
 def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: success on the task by steps, on the tasks before, of the online round, and the vectors. Rows of `sft`
     and the start stand beside every auxiliary objective's."""
-    rows = [{**r, "auxiliary": None} if r["arm"] in (START, "sft", "online") else r for r in rows]
+    rows = [{**r, "auxiliary": None} if r["arm"] in PLAIN else r for r in rows]
     parts = []
     order = list(CELLS)
     kinds = {(r["cells"], r["auxiliary"], r["steps"]) for r in rows if r["steps"] and r["auxiliary"]}
