@@ -40,15 +40,25 @@ PRE, FINE = Path("configs/quickstart.yaml"), Path("configs/capability.yaml")
 EXTRACTED_ON, USED_ON, BEFORE = "[3]", "[5]", "[0,8]"
 ROLLED_OUT, LEFT_ALONE = 0, 8
 """Of the tasks of `pre`: the one of the online round, and the other."""
-ARMS = ("sft", "auxiliary", "merged", "apart", "apart-cosine", "control", "adapter", "adapter-apart")
+ARMS = (
+    "sft",
+    "auxiliary",
+    "merged",
+    "apart",
+    "apart-cosine",
+    "control",
+    "adapter",
+    "adapter-merged",
+    "adapter-apart",
+)
 """`sft`: plain fine-tuning; `auxiliary`: with the auxiliary objective; `merged`: plain, from pre + alpha gamma;
 `apart` and `apart-cosine`: the same, kept apart from gamma by either penalty; `control`: as `merged`, with the control
-vector; `adapter`: as `sft`, of an adapter; `adapter-apart`: as `apart-cosine`, of one."""
+vector; `adapter`, `adapter-merged` and `adapter-apart`: as `sft`, `merged` and `apart-cosine`, of an adapter."""
 ADAPTER_LR = 2e-3
 """Four times that of whole weights; no other was compared."""
 ONLINE = ("online", "online-apart")
 """A round of rollouts, DPO and likelihood of successes; the same, kept apart from gamma by the cosine penalty."""
-OF_VECTOR = ("merged", "apart", "apart-cosine", "control", "adapter-apart")
+OF_VECTOR = ("merged", "apart", "apart-cosine", "control", "adapter-merged", "adapter-apart")
 """Arms that a vector, and so alpha, is a part of."""
 PLAIN = (START, "sft", "adapter", "online")
 """Arms without an auxiliary objective."""
@@ -116,7 +126,8 @@ class Study:
         pre = self.start("pre")
         if arm.startswith("adapter"):
             adapter = ["supervised.trains=adapter", f"supervised.lr={ADAPTER_LR}"]
-            return [*self.settings({"adapter": "sft"}.get(arm, "apart-cosine"), vectors), *adapter]
+            of_weights = {"adapter": "sft", "adapter-merged": "merged", "adapter-apart": "apart-cosine"}
+            return [*self.settings(of_weights[arm], vectors), *adapter]
         if arm in ("sft", "auxiliary"):
             auxiliary = [f"supervised.auxiliary={self.auxiliary}"] if arm == "auxiliary" else []
             return [f"supervised.init={pre}", *auxiliary]
@@ -276,7 +287,7 @@ def main(
     auxiliary: Annotated[str, typer.Option(help="spatial or future")] = "spatial",
     alphas: Annotated[str, typer.Option(help="how much of the vector")] = f"{ALPHA}",
     weights: Annotated[
-        str | None, typer.Option(help="of the penalty of apart and apart-cosine; none: the recipe's")
+        str | None, typer.Option(help="of the penalty, in arms that are kept apart; none: the recipe's")
     ] = None,
     name: Annotated[str, typer.Option(help="of the files written and of the runs")] = "capability",
     output: Annotated[Path, typer.Option(help="folder of tables and episodes")] = Path("docs/results"),

@@ -20,7 +20,7 @@ class SupervisedPart(Part):
     batch_size: int = Field(32, ge=1, description="decisions per step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate (AdamW, linear warm-up, cosine decay)")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up steps")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay; of an adapter none")
     image_shift: int = Field(
         3, ge=0, description="random image shift, pixels (augmentation in supervised training only)"
     )
