@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -91,12 +92,13 @@ class Learner:
         return str(ray.get_runtime_context().get_node_id())
 
     def supervise(self, demos: Sequence[Trajectory], *, folder: str) -> dict[str, float]:
-        """Train the supervised start on demonstrations and save it as the checkpoint `start` under `folder`, going on
-        from where an earlier process of the run had come; with no steps, the policy as it is: published weights, of
-        which the run then has a copy of its own."""
+        """Train the supervised start on demonstrations, every weight or an adapter that is then merged in, and save it
+        as the checkpoint `start` under `folder`, going on from where an earlier process of the run had come; with no
+        steps, the policy as it is: published weights, of which the run then has a copy of its own."""
         self._demos = list(demos)
         part = self._supervised
         metrics: dict[str, float] = {}
+        metadata: dict[str, Any] = {"steps": part.steps, "seed": self._seed}
         if part.init is not None:
             self._fill(part.init)
         if part.steps:
@@ -111,13 +113,13 @@ class Learner:
             )
             metrics = self._fit(learner, Path(folder).parent / UNFINISHED)
             if part.trains == "adapter":
-                log.info("the adapter is merged into the start, drift %.2g", adapters.merge_in(module))
+                metadata["merge_drift"] = _merge_in(module)
         seen = {demo.cell.init_state for demo in self._demos} if part.steps else set()
         if part.steps and self._capability.vector and self._capability.weight:
             seen |= set(read_manifest(self._capability.vector).init_states)
         for began in (part.init, self._part.checkpoint):
             seen |= set() if began is None else set(states_seen(began))
-        metadata = {"steps": part.steps, "seed": self._seed, STATES: sorted(seen)}
+        metadata[STATES] = sorted(seen)
         save_checkpoint(folder, "start", state_tensors(self._policy.module), metadata)
         shutil.rmtree(Path(folder).parent / UNFINISHED, ignore_errors=True)
         self._started = True
@@ -219,6 +221,16 @@ class Learner:
         if self._learner is None:
             raise BlankLearnerError("attach() comes before update() and restore()")
         return self._learner
+
+
+def _merge_in(module: torch.nn.Module) -> float:
+    """`adapters.merge_in`; FloatingPointError, of which a person is told, where the adapter does not merge."""
+    try:
+        return adapters.merge_in(module)
+    except ValueError as error:
+        raise FloatingPointError(
+            f"the adapter of the supervised start does not merge ({error}); lower supervised.lr"
+        ) from error
 
 
 def _save(learner: SupervisedLearner, states: Path) -> str:

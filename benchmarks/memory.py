@@ -74,6 +74,10 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     merged = 0 if recipe.adapter.dropout else 2 * adapted * item
     if merged and recipe.adapter.method == "dora":
         merged += adapted * torch.float32.itemsize  # kept for the backward pass through the row norms
+    # With each trained number go its gradient and AdamW's two moments.
+    supervised = 4 * weights
+    if recipe.supervised.trains == "adapter":
+        supervised = weights + 4 * factors * torch.float32.itemsize + merged
     return {
         "recipe": recipe.name,
         "parameters": parameters,
@@ -82,7 +86,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "weights": weights,
         "policy_actor": HELD_VERSIONS * weights,
         "shards": (1 + LIVE_VERSIONS) * weights,
-        "supervised": 4 * weights if recipe.supervised.steps else 0,
+        "supervised": supervised if recipe.supervised.steps else 0,
         "update": weights + ADAPTER_COPIES * factors * torch.float32.itemsize + merged,
         "context": context,
         "kept": kept,

@@ -13,7 +13,8 @@ FIRST_BETA = 0.1
 
 
 class AdapterPart(Part):
-    """The low-rank adapter that preference learning trains (peft); with it off, the policy is the supervised start."""
+    """The low-rank adapter (peft) that preference learning trains, and of its own the supervised start if it says so;
+    with it off, the policy is that start."""
 
     method: Literal["lora", "dora"] = Field(
         "dora", description="LoRA, or DoRA (LoRA with learned magnitudes)"

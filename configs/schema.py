@@ -175,7 +175,7 @@ class Recipe(Part):
                 "supervised.steps=0 starts from random weights; name published ones as policy.checkpoint, or train"
             )
         if self.supervised.trains == "adapter":
-            if steps and policy.checkpoint is None and self.supervised.init is None:
+            if self.start is None and policy.checkpoint is None and self.supervised.init is None:
                 raise ValueError(
                     "supervised.trains=adapter on random weights; name trained ones as supervised.init or "
                     "policy.checkpoint, or set supervised.trains=weights"
@@ -190,7 +190,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _adapter_begins_at_the_base(self) -> Recipe:
         adapter = self.adapter
-        if adapter.dropout and self.supervised.trains == "adapter":
+        if adapter.dropout and self.supervised.trains == "adapter" and self.start is None:
             raise ValueError(
                 f"adapter.dropout={adapter.dropout} with supervised.trains=adapter: the supervised start trains merged "
                 "weights, which dropout is no part of; set adapter.dropout=0"

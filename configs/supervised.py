@@ -51,7 +51,11 @@ class SupervisedPart(Part):
         return self
 
     @model_validator(mode="after")
-    def _adapter_reaches_the_objective(self) -> SupervisedPart:
+    def _adapter_learns(self) -> SupervisedPart:
+        if self.trains == "adapter" and not self.steps:
+            raise ValueError(
+                "supervised.trains=adapter with supervised.steps=0 trains nothing; set supervised.steps"
+            )
         if self.trains == "adapter" and self.auxiliary != "none":
             raise ValueError(
                 f"supervised.auxiliary={self.auxiliary} trains visual tokens, which an adapter leaves as they are; set "

@@ -37,7 +37,8 @@ def story(run: Run) -> list[str]:
     elif not run.recipe.supervised.steps:
         lines.append(f"* Published weights from `{run.recipe.policy.checkpoint}`: version 0.")
     elif demos:
-        lines.append(f"* Supervised start on {counted(demos, 'scripted demonstration')}: version 0.")
+        through = " through an adapter" if run.recipe.supervised.trains == "adapter" else ""
+        lines.append(f"* Supervised start{through} on {counted(demos, 'scripted demonstration')}: version 0.")
     for index, numbers in sorted(run.rounds().items()):
         sentences = [_collected(run, index), _mined(numbers), _learned(run, numbers)]
         sentences += [_fate(run, event) for event in run.events if event.get("round") == index]

@@ -18,7 +18,7 @@ CHANGES = [
     "tasks.held_out_init_states=[40,41]",
     "guard.canary_episodes=8",
     "guard.chosen_drop=1000",
-    "preference.steps=30",
+    "preference.steps=40",
     "rollouts.rounds=2",
     "rollouts.init_states_per_round=2",
     # The answers to a batch depend in their last bits on who else is in it.

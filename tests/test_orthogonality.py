@@ -237,6 +237,11 @@ def test_what_an_adapter_cannot_do_is_refused() -> None:
         ),
         ("quickstart", ["supervised.init=base", "supervised.steps=0"], "supervised.steps=0 trains nothing"),
         ("ddvla_libero", ["supervised.auxiliary=spatial"], "auxiliary=spatial is for policies made here"),
+        (
+            "openvla_libero",
+            ["supervised.trains=adapter"],
+            "trains=adapter with supervised.steps=0 trains nothing",
+        ),
         ("quickstart", ["supervised.trains=adapter"], "trains=adapter on random weights; name trained ones"),
         (
             "capability",

@@ -97,14 +97,14 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert shares == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0380602], abs=1e-6)
 
 
-@pytest.mark.parametrize("auxiliary", ["none", "future"])
-def test_supervised_training_continues_to_the_bit_from_its_state(auxiliary: str) -> None:
-    part = SupervisedPart.model_validate(
-        {"steps": 7, "batch_size": 4, "warmup_steps": 2, "auxiliary": auxiliary}
-    )
+@pytest.mark.parametrize("changes", [{}, {"auxiliary": "future"}, {"trains": "adapter"}], ids=str)
+def test_supervised_training_continues_to_the_bit_from_its_state(changes: dict[str, str]) -> None:
+    part = SupervisedPart.model_validate({"steps": 7, "batch_size": 4, "warmup_steps": 2} | changes)
 
     def learner() -> tuple[Policy, SupervisedLearner]:
         policy = new_policy()
+        if part.trains == "adapter":
+            adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
         demos = [demonstration(1), demonstration(2)]
         return policy, SupervisedLearner(policy, part, seed=0, demos=demos)
 

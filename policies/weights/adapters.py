@@ -164,7 +164,7 @@ def _extracted(layers: Mapping[str, AdaptedLinear], *, base_hash: str) -> Adapte
 def merge_in(module: torch.nn.Module) -> float:
     """Merge the adapter into the weights that it is on and take it off, in place: layers and names are those from
     before `attach`, and every weight stays frozen. Returns the merge's `drift`. Raises ValueError naming a factor that
-    is not finite, and MergeError as `merge` and `drift` do."""
+    is not finite, and MergeError as `merge` and `drift` do; layers before the one named are merged then."""
     largest = 0.0
     for name, layer in list(adapted_layers(module)):  # one at a time: together they are most of the network
         plain = layer.get_base_layer()
@@ -176,6 +176,7 @@ def merge_in(module: torch.nn.Module) -> float:
         weight.copy_(to_tensor(after[f"{name}.weight"]))
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, plain)
+    del module.peft_config  # else peft takes the next adapter for a second one
     return largest
 
 
