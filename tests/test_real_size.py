@@ -61,6 +61,12 @@ def test_bytes_follow_from_the_recipe() -> None:
     adapted = 32 * (4 * width * width + 3 * width * mlp)
     assert openvla["adapter_parameters"] == factors
     assert openvla["update"] == 2 * OPENVLA + 7 * 4 * factors + 2 * 2 * adapted
+    assert openvla["supervised"] == 0
+    through_adapter = load_recipe(
+        ROOT / "configs/openvla_libero.yaml", ["supervised.trains=adapter", "supervised.steps=1"]
+    )
+    started = memory.measure(through_adapter)["supervised"]
+    assert started == 2 * OPENVLA + 4 * 4 * factors + 2 * 2 * adapted
 
 
 def test_the_recorded_table_is_what_the_recipes_give() -> None:

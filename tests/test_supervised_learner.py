@@ -87,6 +87,17 @@ def test_an_adapter_is_trained_alone_and_is_part_of_the_weights_in_the_end(metho
     assert all(torch.equal(left[name], tensor) for name, tensor in again.module.state_dict().items())
 
 
+def test_an_adapter_that_does_not_merge_is_what_a_person_is_told_of() -> None:
+    policy = new_policy()
+    adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
+    with torch.no_grad():
+        next(iter(adapters.parameters(policy.module).values()))[0, 0] = torch.inf
+    with pytest.raises(
+        FloatingPointError, match=r"start does not merge \(adapter factor A of .*; lower supervised.lr"
+    ):
+        actors.learner._merge_in(policy.module)
+
+
 def test_supervised_training_without_demonstrations_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one demonstration"):
         SupervisedLearner(new_policy(), SupervisedPart(), seed=0, demos=[])
