@@ -266,7 +266,7 @@ def tables(rows: Sequence[Mapping[str, Any]], vectors: Sequence[Mapping[str, Any
         ]
         online = cells in ("online", "left-alone")
         how = auxiliary if online else f"{steps} steps, {auxiliary}"
-        compared = table(mine, "online" if online else "sft")
+        compared = table(mine, "online") if online else table(mine, "sft", "merged", "adapter-merged")
         parts.append(f"**On {CELLS[cells]}**, {how}\n\n{compared}")
     lines = [
         "| seed | auxiliary | vector | norm over plain fine-tuning's | cosine with it |",

@@ -27,20 +27,24 @@ def outcomes(rows: Sequence[Mapping[str, Any]], arm: str, seed: int) -> Outcomes
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]], baseline: str = "sft") -> str:
-    """Markdown: each arm's success by seed and pooled, and its paired comparison with the start and with `baseline`."""
+def table(rows: Sequence[Mapping[str, Any]], *baselines: str) -> str:
+    """Markdown: each arm's success by seed and pooled, and its paired comparison with the start and with those of
+    `baselines` (none named: `sft`) that there are."""
     arms = list(dict.fromkeys(r["arm"] for r in rows))
+    baselines = baselines or ("sft",)
+    others = [arm for arm in baselines if arm in arms] or [baselines[0]]
     seeds = sorted({r["training_seed"] for r in rows})
     lines = [
         "| arm | "
         + " | ".join(f"seed {s}" for s in seeds)
-        + f" | pooled (95 % Wilson) | over the start | p | over {baseline} | p |",
-        "|---|" + "---|" * (len(seeds) + 5),
+        + " | pooled (95 % Wilson) | over the start | p | "
+        + "".join(f"over {arm} | p | " for arm in others).rstrip(),
+        "|---|" + "---|" * (len(seeds) + 3 + 2 * len(others)),
     ]
     for arm in arms:
         mine = {s: outcomes(rows, arm, s) for s in seeds if outcomes(rows, arm, s)}
         cells = [f"{_percent(mine[s])} ({len(mine[s])})" if s in mine else "-" for s in seeds]
-        compared = [cell for other in (START, baseline) for cell in against(rows, mine, arm, other)]
+        compared = [cell for other in (START, *others) for cell in against(rows, mine, arm, other)]
         lines.append("| " + " | ".join([arm, *cells, pooled(mine), *compared]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -206,16 +206,13 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _capability_fits(self) -> Recipe:
         supervised = self.supervised
-        if self.capability.weight and self.capability.penalty == "elementwise" and self.rollouts.rounds:
+        elementwise = self.capability.weight > 0 and self.capability.penalty == "elementwise"
+        if elementwise and self.rollouts.rounds:
             raise ValueError(
                 f"capability.penalty=elementwise with rollouts.rounds={self.rollouts.rounds}: a round trains an "
                 "adapter, whose change is never multiplied out; set capability.penalty=cosine, or rollouts.rounds=0"
             )
-        if (
-            self.capability.weight
-            and self.capability.penalty == "elementwise"
-            and supervised.trains == "adapter"
-        ):
+        if elementwise and supervised.trains == "adapter":
             raise ValueError(
                 "capability.penalty=elementwise with supervised.trains=adapter, whose change is never multiplied out; "
                 "set capability.penalty=cosine, or supervised.trains=weights"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from configs.supervised import CapabilityPart
+from learners.capability import CapabilityError
 from objectives.orthogonal import (
     LowRank,
     Rescaled,
@@ -60,7 +61,7 @@ class FullPenalty:
     def __init__(
         self, module: torch.nn.Module, part: CapabilityPart, vector: Mapping[str, np.ndarray]
     ) -> None:
-        """Raises ValueError for a vector that shares no weight with the network, or has one of another shape."""
+        """Raises CapabilityError for a vector that shares no weight with the network, or has one of another shape."""
         # A gain or bias is no matrix (Eq. 6), and the direction of the few numbers of one would turn with every step.
         least = 1 if part.penalty == "elementwise" else 2
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad and p.dim() >= least}
@@ -112,7 +113,8 @@ class AdapterPenalty:
     def __init__(
         self, module: torch.nn.Module, part: CapabilityPart, vector: Mapping[str, np.ndarray]
     ) -> None:
-        """Raises ValueError as `FullPenalty`, and for the element-wise form, which needs the change multiplied out."""
+        """Raises CapabilityError as `FullPenalty`, and ValueError for the element-wise form, which needs the change
+        multiplied out."""
         if part.penalty == "elementwise":
             raise ValueError("capability.penalty=elementwise is of whole weights; an adapter's is cosine")
         layers = {f"{name}.weight": layer for name, layer in adapters.adapted_layers(module)}
@@ -244,7 +246,10 @@ def _shared(vector: Mapping[str, np.ndarray], weights: Mapping[str, torch.Tensor
 def _common(vector: Iterable[str], weights: Collection[str]) -> list[str]:
     names = [name for name in vector if name in weights]
     if not names:
-        raise ValueError("the capability vector names none of the weights that are trained here")
+        raise CapabilityError(
+            "the capability vector names none of the weights that are trained here; name another as capability.vector, "
+            "or leave it out"
+        )
     return names
 
 
@@ -252,9 +257,9 @@ def _gamma(vector: Mapping[str, np.ndarray], name: str, weight: torch.Tensor) ->
     """The vector's tensor of a weight, where that is and in its dtype, which is the one it was stored in."""
     gamma = to_tensor(vector[name])
     if gamma.shape != weight.shape:
-        raise ValueError(
+        raise CapabilityError(
             f"the capability vector's {name} is {list(gamma.shape)}, expected {list(weight.shape)}: it was extracted "
-            "from another network"
+            "from another network; name one of this policy as capability.vector, or leave it out"
         )
     return gamma.to(weight)
 

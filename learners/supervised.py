@@ -55,7 +55,7 @@ class SupervisedLearner:
             probe = take(self._data, torch.zeros(1, dtype=torch.int64))
             self._auxiliary = AuxiliaryTask(part.auxiliary, policy, demos=demos, probe=probe, seed=seed)
             self._parameters += self._auxiliary.head.parameters()
-        # An adapter's zero is no decayed weight: it is the base for B, and nothing at all for DoRA's magnitudes.
+        # Decay would pull DoRA's magnitudes to zero, away from those of the weights that they begin with.
         decay = part.weight_decay if part.trains == "weights" else 0.0
         self._optimizer = torch.optim.AdamW(self._parameters, lr=part.lr, weight_decay=decay)
         self.steps_done = 0

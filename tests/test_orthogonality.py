@@ -11,7 +11,7 @@ import torch
 from configs.loader import RecipeError, load_recipe
 from configs.preference import AdapterPart, GuardPart, PreferencePart
 from configs.supervised import CapabilityPart, SupervisedPart
-from learners.capability import Vector, extract
+from learners.capability import CapabilityError, Vector, extract
 from learners.checkpoint import load_checkpoint, save_checkpoint
 from learners.merging import merge
 from learners.orthogonality import FLOOR, AdapterPenalty, FullPenalty
@@ -220,7 +220,7 @@ def test_what_an_adapter_cannot_do_is_refused() -> None:
     adapters.attach(policy.module, ADAPTER, seed=0, decoders=policy.adapted)
     with pytest.raises(ValueError, match="elementwise is of whole weights"):
         AdapterPenalty(policy.module, ELEMENTWISE, vector)
-    with pytest.raises(ValueError, match="names none of the weights"):
+    with pytest.raises(CapabilityError, match="names none of the weights"):
         AdapterPenalty(policy.module, COSINE, {"other.weight": np.ones((2, 2), np.float32)})
     name = next(n for n in vector if n.startswith("language_model") and n.endswith("q_proj.weight"))
     with pytest.raises(ValueError, match="extracted from another network"):

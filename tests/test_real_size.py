@@ -67,6 +67,7 @@ def test_bytes_follow_from_the_recipe() -> None:
     )
     started = memory.measure(through_adapter)["supervised"]
     assert started == 2 * OPENVLA + 4 * 4 * factors + 2 * 2 * adapted
+    assert f"{started / 2**30:.1f} GiB for `openvla_libero`" in (ROOT / "README.md").read_text()
 
 
 def test_the_recorded_table_is_what_the_recipes_give() -> None:
